@@ -1,0 +1,2 @@
+//! The `chronovisor` binary.
+fn main() {}

