@@ -1,9 +1,21 @@
 //! One vCPU's account: the writer's half stays on the vCPU thread, the reader's half is shared.
-use std::fs::File;
-use std::sync::Arc;
+//!
+//! A reading costs a lock among readers, which the vCPU thread never takes, and the probes' system calls: none of
+//! them sleeps, signals, or sends an interrupt to the vCPU's CPU.
 
-use crate::reading::Reading;
-use crate::vtime::VtimeWriter;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::param::clock_ticks_per_second;
+
+use crate::clock::{Instant, Scale};
+use crate::host::{HostCpus, tick_ns};
+use crate::ledger::Ledger;
+use crate::probe::{Probes, Raw};
+use crate::reading::{ExitTotals, Exits, HostCpu, Pending, Reading, Source};
+use crate::split::{Inputs, Split};
+use crate::vtime::{ExitReason, Snapshot, State, VtimeReader, VtimeWriter, vtime};
 
 /// What [`Account::open`] needs to know.
 #[derive(Debug)]
@@ -15,7 +27,7 @@ pub struct Open {
     /// The one CPU the calling thread is pinned to, if it is.
     pub pinned: Option<u32>,
     /// The host's CPUs.
-    pub host: Arc<crate::host::HostCpus>,
+    pub host: Arc<HostCpus>,
 }
 
 /// Why an account could not be opened.
@@ -32,31 +44,307 @@ pub enum OpenError {
     },
 }
 
-/// The reading side of one vCPU's account. Any thread may read; no reading touches the vCPU thread.
+/// The reading side of one vCPU's account. Any thread of this process may read; no reading touches the vCPU thread.
 #[derive(Debug)]
-pub struct Account {}
+pub struct Account {
+    index: u32,
+    tid: i32,
+    vtime: VtimeReader,
+    pinned: Option<u32>,
+    host: Arc<HostCpus>,
+    /// The first stamp.
+    opened: Instant,
+    /// What the probes said at the first stamp.
+    baseline: Raw,
+    tick_ns: u64,
+    stat_unit_ns: u64,
+    books: Mutex<Books>,
+}
+
+/// What readings need from one another.
+#[derive(Debug)]
+struct Books {
+    probes: Probes,
+    split: Split,
+    ledger: Ledger,
+    /// VMM time by exit reason as published, in nanoseconds: a scale that is better known may convert to less.
+    exits_vmm_ns: [u64; ExitReason::COUNT],
+    /// The last instant, and what the probes said then, when the thread has ended.
+    closed: Option<(Instant, Raw)>,
+    /// From the first on, which [`Account::open`] takes.
+    last: Option<Reading>,
+}
 
 impl Account {
-    /// Opens the calling thread's account: takes the first stamp, in state `Paused`, and the baselines of every probe.
-    /// Call it on the vCPU thread itself, pinned.
+    /// Opens the calling thread's account: takes the baselines of every probe and the first stamp, in state `Paused`.
+    /// Call it on the vCPU thread itself, once pinned.
     ///
     /// # Errors
-    /// When a probe this host must have cannot be read.
+    /// When a probe that every Linux has cannot be read.
     pub fn open(open: Open) -> Result<(VtimeWriter, Arc<Self>), OpenError> {
-        let _ = open;
-        todo!()
+        let probe = |(what, source)| OpenError::Probe { what, source };
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let mut probes = Probes::open(tid, open.kvm_stats).map_err(probe)?;
+        let vtime_cpu = open.pinned.is_some_and(|cpu| open.host.is_nohz_full(cpu));
+        let split = Split::new(if vtime_cpu { Source::Vtime } else { Source::Oncpu });
+        let baseline = probes.read().map_err(probe)?;
+        let opened = Instant::now();
+        let (writer, reader) = vtime(opened.ticks);
+        let account = Self {
+            index: open.index,
+            tid,
+            vtime: reader,
+            pinned: open.pinned,
+            host: open.host,
+            opened,
+            baseline,
+            tick_ns: tick_ns(),
+            stat_unit_ns: 1_000_000_000 / clock_ticks_per_second().max(1),
+            books: Mutex::new(Books {
+                probes,
+                split,
+                ledger: Ledger::default(),
+                exits_vmm_ns: [0; ExitReason::COUNT],
+                closed: None,
+                last: None,
+            }),
+        };
+        account.read();
+        Ok((writer, Arc::new(account)))
     }
 
-    /// Closes the account: takes the last stamp and the last value of every probe, so that readings go on being answered,
-    /// standing still, when the thread is gone. Call it on the vCPU thread, last.
+    /// Closes the account: takes the last stamp and the last value of every probe, so that readings go on being
+    /// answered, standing still, when the thread is gone. Call it on the vCPU thread, last: it waits for a reading under
+    /// way, which nothing before it does.
     pub fn close(&self, writer: VtimeWriter) {
-        let _ = writer;
-        todo!()
+        let mut books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        writer.end(now.ticks);
+        // The thread is here, so its clocks can be read; if not, it accrued nothing that anybody knows of.
+        let raw = books.probes.read().unwrap_or(self.baseline);
+        books.closed = Some((now, raw));
     }
 
     /// A reading, the running slice included. May be called from any thread of this process, at any rate.
-    #[must_use]
+    #[expect(clippy::missing_panics_doc, reason = "open() takes the first reading")]
     pub fn read(&self) -> Reading {
-        todo!()
+        // A panic while the lock was held left books that are whole: each is changed by one call that does not panic.
+        let mut books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(reading) = self.read_books(&mut books) {
+            books.last = Some(reading);
+        }
+        // Else the writer outran every try, or the thread died without closing: what was read last is of one instant
+        // too, and as true as it was.
+        books.last.clone().expect("open() took the first, with nobody writing")
+    }
+
+    fn read_books(&self, books: &mut Books) -> Option<Reading> {
+        let begun = Instant::now();
+        let (raw, snapshot, now) = match books.closed {
+            Some((closed, raw)) => (raw, self.vtime.snapshot()?, closed),
+            None => {
+                let raw = books.probes.read().ok()?;
+                (raw, self.vtime.snapshot()?, Instant::now())
+            }
+        };
+        let age_ns = now.ns.saturating_sub(begun.ns);
+        let scale = Scale::of(self.opened, now);
+        let inputs = self.inputs(&snapshot, now, scale, &raw, age_ns);
+        let answer = books.split.split(&inputs);
+        let elapsed_ns = scale.span_ns();
+        let modes = books.ledger.publish(elapsed_ns, answer.modes);
+        Some(Reading {
+            index: self.index,
+            tid: self.tid,
+            state: answer.state,
+            at_ns: now.ns,
+            elapsed_ns: books.ledger.elapsed_ns(),
+            utime_ns: modes.host_user_ns + modes.guest_ns,
+            stime_ns: modes.host_kernel_ns,
+            gtime_ns: modes.guest_ns,
+            modes,
+            pending: Pending {
+                mode: answer.pending,
+                delta_ns: inputs.slice_ns,
+            },
+            gtime_bounds_ns: books.ledger.publish_bounds(answer.guest),
+            source: books.split.source(),
+            exits: exits(&snapshot, scale, &mut books.exits_vmm_ns),
+            host_cpu: self.host_cpu(raw.stat.processor),
+        })
+    }
+
+    fn inputs(&self, snapshot: &Snapshot, now: Instant, scale: Scale, raw: &Raw, age_ns: u64) -> Inputs {
+        let slice = now.ticks.saturating_sub(snapshot.stamp);
+        let running = |state| if snapshot.state == state { slice } else { 0 };
+        let base = &self.baseline;
+        let kvm = |pick: fn(&crate::probe::KvmCounters) -> Option<u64>| {
+            let value = |raw: &Raw| raw.kvm.as_ref().and_then(pick).unwrap_or(0);
+            value(raw).saturating_sub(value(base))
+        };
+        Inputs {
+            elapsed_ns: scale.span_ns(),
+            paused_ns: scale.to_ns(snapshot.paused + running(State::Paused)),
+            vmm_ns: scale.to_ns(snapshot.vmm + running(State::Vmm)),
+            state: snapshot.state,
+            slice_ns: scale.to_ns(if snapshot.state == State::Inactive { 0 } else { slice }),
+            sched_ns: raw.sched_ns.saturating_sub(base.sched_ns),
+            sched_age_ns: scale.to_ns(now.ticks.saturating_sub(raw.sched_read_at)),
+            on_cpu: raw.on_cpu,
+            runnable: raw.stat.state == b'R',
+            virt_ns: raw.virt_ns.saturating_sub(base.virt_ns),
+            prof_ns: raw.prof_ns.saturating_sub(base.prof_ns),
+            stat_guest_ns: (raw.stat.guest_time_clk.saturating_sub(base.stat.guest_time_clk))
+                .saturating_mul(self.stat_unit_ns),
+            stat_unit_ns: self.stat_unit_ns,
+            run_delay_ns: raw.run_delay_ns.saturating_sub(base.run_delay_ns),
+            halt_wait_ns: kvm(|k| k.halt_wait_ns),
+            halt_poll_ns: kvm(|k| k.halt_poll_ns),
+            age_ns,
+            tick_ns: self.tick_ns,
+        }
+    }
+
+    fn host_cpu(&self, last_seen_on: u32) -> HostCpu {
+        let cpu = self.pinned.unwrap_or(last_seen_on);
+        let nohz_full = self.host.is_nohz_full(cpu);
+        HostCpu {
+            cpu,
+            pinned: self.pinned.is_some(),
+            nohz_full,
+            isolated: self.host.isolated.contains(&cpu),
+            // Elsewhere the tick runs whenever something does. Where it was asked to stop, that it did is not known.
+            tick_stopped: (!nohz_full).then_some(false),
+        }
+    }
+}
+
+fn exits(snapshot: &Snapshot, scale: Scale, published_ns: &mut [u64; ExitReason::COUNT]) -> Exits {
+    let mut by_reason = BTreeMap::new();
+    for ((reason, exit), vmm_ns) in ExitReason::ALL.iter().zip(snapshot.exits).zip(published_ns) {
+        *vmm_ns = scale.to_ns(exit.vmm).max(*vmm_ns);
+        if exit.count > 0 {
+            by_reason.insert(
+                reason.name().to_owned(),
+                ExitTotals {
+                    count: exit.count,
+                    vmm_ns: *vmm_ns,
+                },
+            );
+        }
+    }
+    Exits {
+        total: snapshot.exits.iter().map(|exit| exit.count).sum(),
+        by_reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::laws;
+    use crate::reading::VcpuState;
+
+    /// A thread that opens an account and does what `live` does with it: a vCPU without a guest.
+    fn vcpu(live: impl FnOnce(&mut VtimeWriter) + Send + 'static) -> (Arc<Account>, thread::JoinHandle<()>) {
+        let (tell, told) = channel();
+        let thread = thread::spawn(move || {
+            let host = Arc::new(HostCpus::read().expect("sysfs"));
+            let open = Open {
+                index: 0,
+                kvm_stats: None,
+                pinned: None,
+                host,
+            };
+            let (mut writer, account) = Account::open(open).expect("own probes");
+            tell.send(Arc::clone(&account)).expect("the test listens");
+            live(&mut writer);
+            account.close(writer);
+        });
+        (told.recv().expect("the thread tells"), thread)
+    }
+
+    #[test]
+    fn every_reading_sums_and_none_steps_back_while_a_vcpu_lives_and_after() {
+        let (account, thread) = vcpu(|writer| {
+            writer.resume();
+            writer.guest_enter(None);
+            for i in 0..20_000 {
+                writer.guest_exit();
+                if i % 4_000 == 0 {
+                    thread::sleep(Duration::from_millis(2));
+                }
+                writer.guest_enter(Some(ExitReason::Io));
+            }
+            writer.guest_exit();
+            writer.pause(Some(ExitReason::Interrupted));
+        });
+        let reader = || {
+            let mut last = account.read();
+            for _ in 0..3_000 {
+                let reading = account.read();
+                assert_eq!(laws::check_pair(&last, &reading), Ok(()));
+                last = reading;
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(reader);
+            scope.spawn(reader);
+        });
+        thread.join().expect("it ends");
+        let end = account.read();
+        assert_eq!(
+            (end.state, end.exits.by_reason["io"].count),
+            (VcpuState::Exited, 20_000)
+        );
+        thread::sleep(Duration::from_millis(1));
+        assert_eq!(account.read(), end);
+    }
+
+    #[test]
+    fn a_vcpu_that_makes_no_transition_is_read_live() {
+        let (stop, stopped) = channel::<()>();
+        let (account, thread) = vcpu(move |writer| {
+            writer.resume();
+            writer.guest_enter(None);
+            while stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {}
+            writer.guest_exit();
+        });
+        // It has entered the guest once it is seen there; from then on only time passes.
+        let first = std::iter::repeat_with(|| account.read())
+            .find(|r| r.state == VcpuState::Guest)
+            .expect("forever");
+        thread::sleep(Duration::from_millis(20));
+        let second = account.read();
+        assert_eq!(second.exits.total, 0);
+        assert!(second.pending.delta_ns >= first.pending.delta_ns + 20_000_000);
+        // Waiting and guest share the 20 ms, as other threads allow.
+        let run = |r: &Reading| r.modes.guest_ns + r.modes.waiting_ns;
+        assert!(run(&second) > run(&first));
+        drop(stop);
+        thread.join().expect("it ends");
+    }
+
+    #[test]
+    fn a_pause_is_paused_and_nothing_else() {
+        let (resume, resumed) = channel::<()>();
+        let (account, thread) = vcpu(move |_| {
+            let _ = resumed.recv();
+        });
+        // The thread may still be on its way to sleep.
+        thread::sleep(Duration::from_millis(5));
+        let (first, second) = (account.read(), {
+            thread::sleep(Duration::from_millis(10));
+            account.read()
+        });
+        assert_eq!(second.state, VcpuState::Paused);
+        let grown = second.elapsed_ns - first.elapsed_ns;
+        assert_eq!(second.modes.paused_ns - first.modes.paused_ns, grown);
+        drop(resume);
+        thread.join().expect("it ends");
     }
 }

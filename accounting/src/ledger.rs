@@ -1,0 +1,212 @@
+//! The ledger: what is published sums, and never steps back.
+//!
+//! Raw totals are the best figures of one instant, and so they may step back: the kernel's own clocks do, and a halt
+//! still going on may turn out to have been a wait. What has been published cannot. At each reading the elapsed time
+//! has grown by D; the raw totals ask for increments, raw total - published total, of which some may be negative; the
+//! ledger grants the nearest increments that are not, and that sum to D. Both laws then hold by construction.
+//!
+//! Because an increment is asked for as raw total - *published* total, not as the raw totals' own growth, what one
+//! reading misplaced is asked back by the next: the published totals converge on the raw ones, and errors never add up.
+
+use crate::reading::{Bounds, Modes};
+
+/// The published totals of one vCPU.
+#[derive(Clone, Debug, Default)]
+pub struct Ledger {
+    modes: [u64; Modes::COUNT],
+    elapsed_ns: u64,
+    lower_ns: u64,
+    upper_ns: u64,
+}
+
+impl Ledger {
+    /// Publishes the totals nearest to `raw`, which sums to `elapsed_ns`.
+    pub fn publish(&mut self, elapsed_ns: u64, raw: Modes) -> Modes {
+        debug_assert_eq!(raw.sum_ns(), elapsed_ns, "the split sums to the elapsed time");
+        let grown = elapsed_ns.saturating_sub(self.elapsed_ns);
+        let mut asked = [0; Modes::COUNT];
+        for ((asked, raw), published) in asked.iter_mut().zip(raw.to_array()).zip(self.modes) {
+            *asked = i128::from(raw) - i128::from(published);
+        }
+        for (published, granted) in self.modes.iter_mut().zip(nearest(asked, grown)) {
+            *published += granted;
+        }
+        self.elapsed_ns += grown;
+        Modes::from_array(self.modes)
+    }
+
+    /// Publishes an interval for the true guest time, given that it was `raw` at the instant of the last
+    /// [`Ledger::publish`]. Neither end steps back, and the published guest time is inside; both only widen `raw`, or
+    /// keep an end that was true earlier and so is true still: the true time does not shrink.
+    pub fn publish_bounds(&mut self, raw: Bounds) -> Bounds {
+        let guest = self.modes[0];
+        self.lower_ns = self.lower_ns.max(raw.lower.min(guest));
+        self.upper_ns = self.upper_ns.max(raw.upper).max(guest);
+        Bounds {
+            lower: self.lower_ns,
+            upper: self.upper_ns,
+        }
+    }
+
+    /// Elapsed time as published: the sum of the modes.
+    #[must_use]
+    pub fn elapsed_ns(&self) -> u64 {
+        self.elapsed_ns
+    }
+}
+
+/// The non-negative integers nearest to `asked`, in the Euclidean sense, that sum to `sum`: the projection onto a
+/// simplex (Michelot, "A finite algorithm for finding the projection of a point onto the canonical simplex of R^n",
+/// 1986). All that remain positive give up the same, and what cannot give it is 0 and drops out; each round drops at
+/// least one, so there are at most as many rounds as entries. A mode that asks for nothing is granted nothing as long
+/// as the rest ask for at least `sum`.
+fn nearest<const N: usize>(asked: [i128; N], sum: u64) -> [u64; N] {
+    let mut takes_part = [true; N];
+    loop {
+        let part = || asked.iter().zip(takes_part).filter(|(_, t)| *t).map(|(&a, _)| a);
+        // At least one takes part: not all can be below their own mean, and excess / n <= mean as sum >= 0.
+        let n = i128::try_from(part().count()).unwrap_or(1);
+        let excess = part().sum::<i128>() - i128::from(sum);
+        let mut dropped = false;
+        for (&asked, takes_part) in asked.iter().zip(&mut takes_part) {
+            if *takes_part && asked * n < excess {
+                *takes_part = false;
+                dropped = true;
+            }
+        }
+        if dropped {
+            continue;
+        }
+        // Each gives excess / n; the remainder, one each, is given by the first few. None goes below 0: with a
+        // remainder, asked >= excess / n > quotient.
+        let (quotient, mut remainder) = (excess.div_euclid(n), excess.rem_euclid(n));
+        let mut granted = [0; N];
+        for ((granted, &asked), takes_part) in granted.iter_mut().zip(&asked).zip(takes_part) {
+            if takes_part {
+                let one = i128::from(remainder > 0);
+                remainder -= one;
+                *granted = u64::try_from(asked - quotient - one).unwrap_or(0);
+            }
+        }
+        return granted;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Raw totals that sum to `elapsed`: cut at six places.
+    fn cut(elapsed: u64, mut at: [u64; 6]) -> Modes {
+        at.iter_mut()
+            .for_each(|a| *a = if elapsed == 0 { 0 } else { *a % (elapsed + 1) });
+        at.sort_unstable();
+        let mut modes = [0; Modes::COUNT];
+        let mut last = 0;
+        for (mode, end) in modes.iter_mut().zip(at.into_iter().chain([elapsed])) {
+            *mode = end - last;
+            last = end;
+        }
+        Modes::from_array(modes)
+    }
+
+    fn distance(granted: [u64; 3], asked: [i128; 3]) -> i128 {
+        granted
+            .iter()
+            .zip(asked)
+            .map(|(&g, a)| (i128::from(g) - a).pow(2))
+            .sum()
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_raw_totals_do_the_published_sum_and_never_step_back(
+            history in proptest::collection::vec((0u64..1 << 40, any::<[u64; 6]>()), 1..40),
+        ) {
+            let mut ledger = Ledger::default();
+            let (mut elapsed, mut last) = (0, Modes::default());
+            for (grown, at) in history {
+                elapsed += grown;
+                let modes = ledger.publish(elapsed, cut(elapsed, at));
+                prop_assert_eq!(modes.sum_ns(), elapsed);
+                for (new, old) in modes.to_array().into_iter().zip(last.to_array()) {
+                    prop_assert!(new >= old);
+                }
+                last = modes;
+            }
+        }
+
+        #[test]
+        fn increments_are_the_nearest_there_are(asked in any::<[i8; 3]>(), sum in 0u64..60) {
+            let asked = asked.map(i128::from);
+            let ours = nearest(asked, sum);
+            prop_assert_eq!(ours.iter().sum::<u64>(), sum);
+            // Every other way to share the sum out is at least as far.
+            for a in 0..=sum {
+                for b in 0..=sum - a {
+                    let other = [a, b, sum - a - b];
+                    prop_assert!(distance(ours, asked) <= distance(other, asked), "{:?} is nearer than {:?}", other, ours);
+                }
+            }
+        }
+
+        #[test]
+        fn what_was_misplaced_is_put_right_once_the_totals_have_grown_by_as_much(
+            first in any::<[u64; 6]>(), truth in any::<[u64; 6]>(), elapsed in 0u64..1 << 40,
+        ) {
+            let mut ledger = Ledger::default();
+            ledger.publish(elapsed, cut(elapsed, first));
+            // From here on the raw totals are right, and every mode grows by all that could have been misplaced.
+            let right = cut(elapsed, truth).to_array().map(|m| m + elapsed);
+            let later = Modes::from_array(right);
+            prop_assert_eq!(ledger.publish(later.sum_ns(), later), later);
+        }
+
+        #[test]
+        fn bounds_never_step_back_and_hold_what_is_published(
+            history in proptest::collection::vec((0u64..1 << 40, any::<[u64; 6]>(), any::<[u32; 2]>()), 1..40),
+        ) {
+            let mut ledger = Ledger::default();
+            let (mut elapsed, mut last) = (0, Bounds { lower: 0, upper: 0 });
+            for (grown, at, [below, above]) in history {
+                elapsed += grown;
+                let guest = ledger.publish(elapsed, cut(elapsed, at)).guest_ns;
+                let raw = Bounds {
+                    lower: guest.saturating_sub(u64::from(below)),
+                    upper: guest + u64::from(above),
+                };
+                let bounds = ledger.publish_bounds(raw);
+                prop_assert!(bounds.lower <= guest && guest <= bounds.upper);
+                prop_assert!(bounds.lower >= last.lower && bounds.upper >= last.upper);
+                last = bounds;
+            }
+        }
+    }
+
+    #[test]
+    fn a_mode_that_never_asked_is_never_granted() {
+        let mut ledger = Ledger::default();
+        ledger.publish(
+            100,
+            Modes {
+                guest_ns: 100,
+                ..Modes::default()
+            },
+        );
+        let back = Modes {
+            guest_ns: 90,
+            host_user_ns: 20,
+            ..Modes::default()
+        };
+        assert_eq!(
+            ledger.publish(110, back),
+            Modes {
+                guest_ns: 100,
+                host_user_ns: 10,
+                ..Modes::default()
+            }
+        );
+    }
+}
