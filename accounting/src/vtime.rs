@@ -386,7 +386,7 @@ mod tests {
                             assert_eq!(s.guest + s.vmm + s.paused, s.stamp);
                             assert_eq!(
                                 s.exits.iter().map(|e| e.vmm).sum::<u64>(),
-                                s.exits.iter().map(|e| e.count).sum()
+                                s.exits.iter().map(|e| e.count).sum::<u64>()
                             );
                             assert!(s.sequence >= last);
                             last = s.sequence;
