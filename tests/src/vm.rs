@@ -1,0 +1,327 @@
+//! A microVM under test: `chronovisor` as a child process, its output gathered, its API at hand.
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use accounting::{Reading, laws};
+
+use crate::bed::{self, Folder};
+use crate::client::{self, Response};
+
+/// How long anything may take before a test gives up: a guard, far above what the slowest bed needs.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A child process, its standard output and error gathered into one text each as they come.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: Gathered,
+    stderr: Gathered,
+}
+
+impl Process {
+    /// Starts `chronovisor` with `arguments`.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn chronovisor<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) -> Self {
+        let mut command = Command::new(bed::file("chronovisor"));
+        command.args(arguments);
+        Self::spawn(command)
+    }
+
+    /// Starts `command`.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn spawn(mut command: Command) -> Self {
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let stdout = Gathered::from(child.stdout.take().expect("piped"));
+        let stderr = Gathered::from(child.stderr.take().expect("piped"));
+        Self {
+            stdin: child.stdin.take(),
+            child,
+            stdout,
+            stderr,
+        }
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Types `text` into its standard input.
+    ///
+    /// # Panics
+    /// When it does not read.
+    pub fn type_in(&mut self, text: &str) {
+        let stdin = self.stdin.as_mut().expect("standard input is open");
+        stdin
+            .write_all(text.as_bytes())
+            .and_then(|()| stdin.flush())
+            .expect("it reads");
+    }
+
+    /// Closes its standard input.
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Waits until its standard output contains `text`, and returns the output up to there.
+    ///
+    /// # Panics
+    /// When it ends, or patience does, before that.
+    pub fn wait_for(&mut self, text: &str) -> String {
+        self.stdout.wait_for(text).unwrap_or_else(|so_far| {
+            let status = self.child.try_wait();
+            panic!(
+                "{text:?} never came ({status:?}); stdout:\n{so_far}\nstderr:\n{}",
+                self.stderr.text()
+            )
+        })
+    }
+
+    /// Its standard output so far.
+    #[must_use]
+    pub fn stdout(&self) -> String {
+        self.stdout.text()
+    }
+
+    /// Its standard error so far.
+    #[must_use]
+    pub fn stderr(&self) -> String {
+        self.stderr.text()
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).expect("it is there");
+    }
+
+    /// Waits for its end and gives its status, and all it said.
+    ///
+    /// # Panics
+    /// When patience ends first.
+    pub fn wait(&mut self) -> (ExitStatus, String, String) {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is ours") {
+                return (status, self.stdout.end(), self.stderr.end());
+            }
+            if begun.elapsed() > PATIENCE {
+                panic!(
+                    "it does not end; stdout:\n{}\nstderr:\n{}",
+                    self.stdout(),
+                    self.stderr()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A microVM with its API: `chronovisor run --api-sock`.
+#[derive(Debug)]
+pub struct Vm {
+    /// The process.
+    pub process: Process,
+    socket: PathBuf,
+    /// The last readings, to hold the next against.
+    last: Vec<Reading>,
+    _folder: Folder,
+}
+
+impl Vm {
+    /// `chronovisor run` with `arguments`, and a socket of its own; returns once the API answers.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn run<S: Into<String>>(arguments: impl IntoIterator<Item = S>) -> Self {
+        let folder = Folder::new();
+        let socket = folder.join("api.sock");
+        let mut all = vec!["run".to_owned(), "--api-sock".into(), socket.display().to_string()];
+        all.extend(arguments.into_iter().map(Into::into));
+        let mut vm = Self {
+            process: Process::chronovisor(&all),
+            socket,
+            last: Vec::new(),
+            _folder: folder,
+        };
+        vm.wait_until("the guest is started", |vm| {
+            client::request(&vm.socket, "GET", "/", None).is_ok_and(|r| r.body["state"] == "Running")
+        });
+        vm
+    }
+
+    /// `chronovisor run` of Debian's kernel and our init, doing `what` (see `resources/guest-init`).
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn debian<'a>(what: &str, arguments: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut all = debian_arguments(what);
+        all.extend(arguments.into_iter().map(Into::into));
+        Self::run(all)
+    }
+
+    /// The path of its API socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Asks its API.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    #[must_use]
+    pub fn ask(&self, method: &str, path: &str, body: Option<&str>) -> Response {
+        client::request(&self.socket, method, path, body).unwrap_or_else(|e| {
+            panic!("{method} {path}: {e}; stderr:\n{}", self.process.stderr());
+        })
+    }
+
+    /// `GET /vcpus`, each reading held to the laws, by itself and against the last.
+    ///
+    /// # Panics
+    /// When a law is broken.
+    pub fn readings(&mut self) -> Vec<Reading> {
+        let response = self.ask("GET", "/vcpus", None);
+        let readings: Vec<Reading> = serde_json::from_value(response.body).expect("an array of readings");
+        for reading in &readings {
+            let held = match self.last.iter().find(|last| last.index == reading.index) {
+                Some(last) => laws::check_pair(last, reading),
+                None => laws::check(reading),
+            };
+            held.unwrap_or_else(|broken| panic!("{broken}\nbefore: {:?}\nafter: {reading:?}", self.last));
+        }
+        self.last.clone_from(&readings);
+        readings
+    }
+
+    /// The reading of vCPU 0, held to the laws.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn reading(&mut self) -> Reading {
+        self.readings().swap_remove(0)
+    }
+
+    /// Asks again and again until `true`.
+    ///
+    /// # Panics
+    /// When patience ends, or the process, before that.
+    pub fn wait_until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+        let begun = Instant::now();
+        while !done(self) {
+            let ended = self.process.child.try_wait().expect("it is ours");
+            if ended.is_some() || begun.elapsed() > PATIENCE {
+                let (out, err) = (self.process.stdout(), self.process.stderr());
+                panic!("never came: {what} ({ended:?}); stdout:\n{out}\nstderr:\n{err}");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// The arguments of `chronovisor run` for Debian's kernel and our init, doing `what`.
+#[must_use]
+pub fn debian_arguments(what: &str) -> Vec<String> {
+    let path = |name| bed::file(name).display().to_string();
+    let cmdline = format!("console=ttyS0 reboot=k panic=-1 quiet noxsave chronovisor.do={what}");
+    [
+        "--kernel",
+        &path("vmlinux"),
+        "--initrd",
+        &path("guest.cpio"),
+        "--cmdline",
+        &cmdline,
+        "--mem",
+        "256M",
+    ]
+    .map(String::from)
+    .into()
+}
+
+/// A stream gathered by a thread.
+#[derive(Debug)]
+struct Gathered {
+    text: Arc<(Mutex<(Vec<u8>, bool)>, Condvar)>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Gathered {
+    fn from(mut stream: impl Read + Send + 'static) -> Self {
+        let text = Arc::new((Mutex::new((Vec::new(), false)), Condvar::new()));
+        let shared = Arc::clone(&text);
+        let thread = std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let n = stream.read(&mut buffer).unwrap_or(0);
+                let mut state = shared.0.lock().expect("no panic holds it");
+                state.0.extend_from_slice(&buffer[..n]);
+                state.1 = n == 0;
+                shared.1.notify_all();
+                if n == 0 {
+                    return;
+                }
+            }
+        });
+        Self {
+            text,
+            thread: Some(thread),
+        }
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.text.0.lock().expect("no panic holds it").0).into_owned()
+    }
+
+    /// All of it, once it has ended.
+    fn end(&mut self) -> String {
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("it gathers");
+        }
+        self.text()
+    }
+
+    /// The text up to and with `wanted`; or all there was, when it ended or patience did.
+    fn wait_for(&self, wanted: &str) -> Result<String, String> {
+        let (lock, changed) = &*self.text;
+        let state = lock.lock().expect("no panic holds it");
+        let found = |bytes: &[u8]| {
+            let text = String::from_utf8_lossy(bytes);
+            text.find(wanted).map(|at| text[..at + wanted.len()].to_owned())
+        };
+        let waits = |state: &mut (Vec<u8>, bool)| found(&state.0).is_none() && !state.1;
+        let (state, _) = changed
+            .wait_timeout_while(state, PATIENCE, waits)
+            .expect("no panic holds it");
+        found(&state.0).ok_or_else(|| String::from_utf8_lossy(&state.0).into_owned())
+    }
+}
