@@ -1,14 +1,47 @@
 //! One vCPU: its thread, its `KVM_RUN` loop, its two stamps an exit.
 //!
-//! Interface agreed between the rooms; bodies to come.
+//! ```text
+//!    spawn                    resume                KVM_RUN returned EINTR
+//!   ───────► pin, open the ──────────► ┌─────────────────────────────────┐
+//!            account; held             │ guest_enter  ┐                  │ pause
+//!                 ▲                    │ KVM_RUN      │ again, for each  │ ─────► held
+//!                 │       resume       │ guest_exit   │ exit we handle   │
+//!                 └─────────────────── │ handle(exit) ┘                  │ stop
+//!                                      └──────────────┬──────────────────┘ ─────► ended
+//!                                                     │ an exit we cannot go on from
+//!                                                     ▼
+//!                                        close the account, ExitHandler::ended
+//! ```
+//!
+//! The exit path is [`thread`]'s inner loop and [`exit`]'s match, and nothing else: two stamps, one call of the
+//! [`ExitHandler`]. There is no lock, allocation, system call of ours or log line on it, and no look at what others
+//! want of the vCPU. Who wants something takes the thread out of `KVM_RUN` ([`kick`]); only then does it look. A vCPU
+//! that nobody asks anything of is never disturbed: on a tickless CPU it stays in the guest for as long as the guest
+//! lets it.
+//!
+//! This crate does not know what devices there are, loads no kernel and sets no general registers: that is the VMM's.
+//! What every monitor must tell KVM of a vCPU before it runs (CPUID, MSRs, local APIC) is in [`setup`], and which host
+//! CPU it should get in [`pin`].
+
+mod exit;
+mod kick;
+pub mod pin;
+mod run_page;
+pub mod setup;
+mod signal;
+mod stats;
+mod thread;
+
 use std::sync::Arc;
 
-use accounting::Account;
 use accounting::host::HostCpus;
-use kvm_ioctls::VcpuFd;
+
+pub use thread::Vcpu;
 
 /// What a vCPU hands its exits to: the devices, seen through a keyhole. Called on vCPU threads, from several at once.
 /// An address nobody claims reads as all ones and swallows writes.
+///
+/// `data` is one access of 1, 2, 4 or 8 bytes, little-endian; a string instruction arrives as its single accesses.
 pub trait ExitHandler: Send + Sync + 'static {
     /// The guest reads `data.len()` bytes from `port`.
     fn io_read(&self, port: u16, data: &mut [u8]);
@@ -37,7 +70,7 @@ pub enum VcpuEnd {
     InternalError {
         /// KVM's suberror.
         suberror: u32,
-        /// The guest's instruction pointer.
+        /// The guest's instruction pointer; 0 where KVM would not tell.
         rip: u64,
         /// The instruction's first bytes, where KVM gives them.
         insn: [u8; 15],
@@ -53,6 +86,8 @@ pub enum VcpuEnd {
     Run(i32),
     /// An exit that we do not handle, by KVM's number.
     Unhandled(u32),
+    /// The vCPU thread panicked: an error of ours, or of the [`ExitHandler`]'s. The panic message is on standard error.
+    Panicked,
 }
 
 /// How to make a [`Vcpu`].
@@ -60,13 +95,13 @@ pub enum VcpuEnd {
 pub struct VcpuConfig {
     /// Its index, from 0; names the thread `vcpu{index}`.
     pub index: u32,
-    /// The host CPU to pin the thread to.
+    /// The host CPU to pin the thread to; `None` leaves it the affinity of the thread that calls [`Vcpu::spawn`].
     pub pin: Option<u32>,
     /// The host's CPUs.
     pub host: Arc<HostCpus>,
 }
 
-/// Why a vCPU could not be made or told something.
+/// Why a vCPU could not be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VcpuError {
@@ -88,6 +123,16 @@ pub enum VcpuError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// What takes the thread out of `KVM_RUN` could not be set up.
+    #[error("cannot {what} for vCPU {index}: {source}")]
+    Prepare {
+        /// The vCPU.
+        index: u32,
+        /// Which step.
+        what: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// Its account could not be opened.
     #[error("cannot open the account of vCPU {index}: {source}")]
     Account {
@@ -96,40 +141,4 @@ pub enum VcpuError {
         /// What accounting said.
         source: accounting::OpenError,
     },
-}
-
-/// A vCPU thread, seen from outside. Dropping it stops and joins the thread.
-#[derive(Debug)]
-pub struct Vcpu {}
-
-impl Vcpu {
-    /// Starts the thread, pinned and paused: [`Vcpu::resume`] sets it running. `fd` has its registers, CPUID, MSRs and LAPIC set.
-    ///
-    /// # Errors
-    /// See [`VcpuError`].
-    pub fn spawn<H: ExitHandler>(config: VcpuConfig, fd: VcpuFd, handler: Arc<H>) -> Result<Self, VcpuError> {
-        let _ = (config, fd, handler);
-        todo!()
-    }
-
-    /// Its account.
-    #[must_use]
-    pub fn account(&self) -> &Arc<Account> {
-        todo!()
-    }
-
-    /// Takes the vCPU out of the guest and holds it. Returns when it is held.
-    pub fn pause(&self) {
-        todo!()
-    }
-
-    /// Lets it run (again).
-    pub fn resume(&self) {
-        todo!()
-    }
-
-    /// Ends its loop and joins the thread.
-    pub fn stop(&mut self) {
-        todo!()
-    }
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+pub use vcpu::pin::Pinning;
 
 /// Largest number of vCPUs.
 pub const MAX_VCPUS: u8 = 32;
@@ -63,18 +64,6 @@ pub struct BootSource {
     /// Initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd_path: Option<PathBuf>,
-}
-
-/// Which host CPUs the vCPUs get. Not part of Firecracker's configuration: `run --pin`, and `PUT /vcpus/{index}/affinity` later.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Pinning {
-    /// nohz_full CPUs first, then isolated ones, then any, with a warning; left unpinned (with a warning) if there are fewer CPUs than vCPUs.
-    #[default]
-    Auto,
-    /// vCPU i to the i-th; each different.
-    Cpus(Vec<u32>),
-    /// Not pinned at all.
-    None,
 }
 
 /// `GET /vm/config`: everything configured, kebab-case keys.

@@ -1,0 +1,131 @@
+//! How another thread gets a vCPU's attention, and tells it to hold, go on or end.
+//!
+//! The exit path looks at nothing. A kick is what makes `KVM_RUN` return `EINTR`, and only then does the vCPU look:
+//!
+//! ```text
+//!   whoever asks                        vCPU thread                            KVM_RUN
+//!   1 gate.want(..)                     a KVM_RUN ───────────────────────────► reads immediate_exit; if set: EINTR
+//!   2 immediate_exit = 1                                                       enters the guest unless a signal is
+//!   3 signal the thread                                                        pending; a signal takes it out: EINTR
+//!                                       b immediate_exit = 0
+//!                                       c gate.look()
+//! ```
+//!
+//! No kick is lost. Take any request, and follow the vCPU from the moment of its signal (3).
+//! * In the guest or about to enter it: KVM sees the pending signal, `KVM_RUN` returns EINTR, and c comes after 1.
+//! * In user space, anywhere but between b and c: the signal itself does nothing, but 2 came before it and only b
+//!   undoes 2. So the next a finds the byte set, or b has been passed after 2, which the last case is about.
+//! * b overwrote the 1 of step 2: b's read-modify-write read what 2 released, so 1 happens before c, and c sees it.
+//!
+//! This is why the order is request, byte, signal on one side, and byte, request on the other. `tests` below walks
+//! through every interleaving of these steps, and shows that any other order loses a kick.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::signal::Killable;
+
+use crate::run_page::RunPage;
+use crate::signal;
+
+/// What is wanted of a vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Want {
+    /// Run the guest.
+    Run,
+    /// Stay out of the guest until told otherwise.
+    Hold,
+    /// End. Nothing overrides it.
+    Stop,
+}
+
+#[derive(Debug)]
+struct State {
+    want: Want,
+    /// The vCPU is out of the guest and stays out until `want` changes.
+    held: bool,
+    ended: bool,
+}
+
+/// Where one vCPU is told what is wanted of it, and where those who told it wait.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Gate {
+    /// A vCPU starts held.
+    pub(crate) fn new() -> Self {
+        Self {
+            state: Mutex::new(State {
+                want: Want::Hold,
+                held: false,
+                ended: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Step 1. Says whether a kick has to follow: a held vCPU needs none.
+    pub(crate) fn want(&self, want: Want) -> bool {
+        let mut state = self.lock();
+        if state.want != Want::Stop {
+            state.want = want;
+        }
+        self.changed.notify_all();
+        !state.held && !state.ended
+    }
+
+    /// Waits until the vCPU is held, or has ended.
+    pub(crate) fn wait_held(&self) {
+        let state = self.lock();
+        drop(
+            self.changed
+                .wait_while(state, |state| !state.held && !state.ended && state.want == Want::Hold),
+        );
+    }
+
+    /// Step c, on the vCPU thread.
+    pub(crate) fn look(&self) -> Want {
+        self.lock().want
+    }
+
+    /// On the vCPU thread: is held for as long as that is wanted, and says what is wanted instead.
+    pub(crate) fn hold(&self) -> Want {
+        let mut state = self.lock();
+        state.held = true;
+        self.changed.notify_all();
+        state = self
+            .changed
+            .wait_while(state, |state| state.want == Want::Hold)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.held = false;
+        state.want
+    }
+
+    /// On the vCPU thread, last: nobody waits for it any more.
+    pub(crate) fn end(&self) {
+        self.lock().ended = true;
+        self.changed.notify_all();
+    }
+
+    /// No code of others runs under the lock, and each change is one assignment: a poisoned state is a whole one.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Steps 2 and 3. The caller holds the `JoinHandle`, so that the thread's name is still its own, whether it has ended
+/// or not.
+pub(crate) fn kick(page: &RunPage, thread: &JoinHandle<()>) {
+    page.immediate_exit().store(1, Ordering::Release);
+    // A thread that has ended cannot be signalled, and need not be.
+    let _ = thread.kill(signal::number());
+}
+
+/// Step b.
+pub(crate) fn clear(page: &RunPage) {
+    page.immediate_exit().swap(0, Ordering::AcqRel);
+}
