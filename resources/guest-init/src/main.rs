@@ -1,2 +1,92 @@
-//! The guest's init.
-fn main() {}
+//! The test guest's init: does what the kernel's command line says, and tells the console at each step.
+//!
+//! The first line is `chronovisor guest: init, N CPUs`; each step starts with `chronovisor guest: STEP`. See [`plan`] for
+//! what `chronovisor.do=` may hold; without it, a shell. It is linked statically, and expects /bin/busybox for its shell.
+
+mod plan;
+
+use std::fs::{self, OpenOptions};
+use std::process::{Command, exit};
+use std::time::{Duration, Instant};
+
+use rustix::mount::{MountFlags, mount};
+use rustix::process::{WaitOptions, wait};
+use rustix::system::{RebootCommand, reboot};
+
+use plan::{Plan, Step};
+
+fn main() {
+    // A mount can fail only if the kernel has mounted the same already, as it may have /dev.
+    let _ = mount("proc", "/proc", "proc", MountFlags::empty(), None);
+    let _ = mount("sysfs", "/sys", "sysfs", MountFlags::empty(), None);
+    let _ = mount("devtmpfs", "/dev", "devtmpfs", MountFlags::empty(), None);
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    println!("chronovisor guest: init, {cpus} CPUs");
+
+    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    match Plan::of_command_line(&command_line) {
+        Ok(plan) => plan.steps().for_each(|step| run(step, cpus)),
+        Err(error) => println!("chronovisor guest: {error}"),
+    }
+    end("poweroff", RebootCommand::PowerOff);
+}
+
+fn run(step: Step, cpus: usize) {
+    println!("chronovisor guest: {step}");
+    match step {
+        Step::Spin(time) => spin(time, cpus),
+        Step::Sleep(time) => std::thread::sleep(time),
+        Step::PowerOff => end("poweroff", RebootCommand::PowerOff),
+        Step::Reboot => end("reboot", RebootCommand::Restart),
+        Step::Shell => shell(),
+        // The kernel panics when its init ends.
+        Step::Panic => exit(1),
+    }
+}
+
+/// Keeps every CPU busy.
+fn spin(time: Duration, cpus: usize) {
+    let start = Instant::now();
+    let spin = || while start.elapsed() < time {};
+    std::thread::scope(|scope| {
+        for _ in 1..cpus {
+            scope.spawn(spin);
+        }
+        spin();
+    });
+}
+
+/// A shell on the console, as the leader of a session that has the console as its terminal: so Ctrl-C reaches what it runs.
+fn shell() {
+    // /dev/console cannot be a controlling terminal; the device behind it can.
+    let active = fs::read_to_string("/sys/class/tty/console/active").unwrap_or_default();
+    let terminal = format!("/dev/{}", active.split_whitespace().last().unwrap_or("console"));
+    let open = || OpenOptions::new().read(true).write(true).open(&terminal);
+    let shell = (|| {
+        let mut command = Command::new("/bin/busybox");
+        command.args(["setsid", "-c", "busybox", "sh"]);
+        command
+            .env_clear()
+            .envs([("PATH", "/bin"), ("HOME", "/"), ("TERM", "vt100"), ("PS1", "guest# ")]);
+        command.stdin(open()?).stdout(open()?).stderr(open()?).spawn()
+    })();
+    match shell {
+        Ok(shell) => reap_until(shell.id()),
+        Err(error) => println!("chronovisor guest: cannot start a shell on {terminal}: {error}"),
+    }
+}
+
+/// Waits for the child `pid`, and for the orphans that come to init meanwhile.
+fn reap_until(pid: u32) {
+    while let Ok(ended) = wait(WaitOptions::empty()) {
+        if ended.is_some_and(|(ended, _)| u32::try_from(ended.as_raw_nonzero().get()) == Ok(pid)) {
+            return;
+        }
+    }
+}
+
+fn end(what: &str, command: RebootCommand) -> ! {
+    let error = reboot(command);
+    println!("chronovisor guest: {what} failed: {error:?}");
+    exit(1)
+}

@@ -1,0 +1,169 @@
+//! What the guest is to do: `chronovisor.do=STEP,STEP,...` on the kernel's command line.
+//!
+//! | step | does |
+//! |---|---|
+//! | `spin:MS` | keeps every CPU busy for so many milliseconds |
+//! | `sleep:MS` | leaves every CPU idle |
+//! | `repeat:N` | does what stands before it N times in all |
+//! | `forever` | does what stands before it again and again |
+//! | `shell` | a shell on the console, until it ends |
+//! | `poweroff`, `reboot`, `panic` | ends the guest |
+//!
+//! A guest whose steps run out powers off. Without `chronovisor.do=`: `shell`.
+
+use std::fmt;
+use std::time::Duration;
+
+/// One step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Spin(Duration),
+    Sleep(Duration),
+    PowerOff,
+    Reboot,
+    Shell,
+    Panic,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Spin(time) => write!(f, "spin {} ms", time.as_millis()),
+            Self::Sleep(time) => write!(f, "sleep {} ms", time.as_millis()),
+            Self::PowerOff => f.write_str("poweroff"),
+            Self::Reboot => f.write_str("reboot"),
+            Self::Shell => f.write_str("shell"),
+            Self::Panic => f.write_str("panic"),
+        }
+    }
+}
+
+/// The steps, and how often.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Plan {
+    repeated: Vec<Step>,
+    /// `None` is for ever.
+    times: Option<usize>,
+    then: Vec<Step>,
+}
+
+impl Plan {
+    /// Reads the kernel's command line. The last `chronovisor.do=` wins, as with the kernel's own parameters.
+    pub fn of_command_line(line: &str) -> Result<Self, String> {
+        let words = line.split_whitespace();
+        Self::parse(
+            words
+                .filter_map(|word| word.strip_prefix("chronovisor.do="))
+                .next_back()
+                .unwrap_or("shell"),
+        )
+    }
+
+    /// The steps in the order they are to be done.
+    pub fn steps(&self) -> impl Iterator<Item = Step> + '_ {
+        let rounds = (0..).take_while(|&round: &usize| self.times.is_none_or(|times| round < times));
+        rounds
+            .flat_map(|_| self.repeated.iter().copied())
+            .chain(self.then.iter().copied())
+    }
+
+    fn parse(plan: &str) -> Result<Self, String> {
+        let mut steps = Vec::new();
+        let mut repeat = None;
+        for word in plan.split(',') {
+            let (name, value) = word
+                .split_once(':')
+                .map_or((word, None), |(name, value)| (name, Some(value)));
+            let number = || value.and_then(|value| value.parse::<u64>().ok());
+            let time = || {
+                number()
+                    .map(Duration::from_millis)
+                    .ok_or(format!("chronovisor.do={plan}: {word}: {name}:MILLISECONDS expected"))
+            };
+            match name {
+                "spin" => steps.push(Step::Spin(time()?)),
+                "sleep" => steps.push(Step::Sleep(time()?)),
+                "poweroff" => steps.push(Step::PowerOff),
+                "reboot" => steps.push(Step::Reboot),
+                "shell" => steps.push(Step::Shell),
+                "panic" => steps.push(Step::Panic),
+                "forever" | "repeat" => {
+                    let times = number().and_then(|times| usize::try_from(times).ok());
+                    if name == "repeat" && times.is_none() {
+                        return Err(format!("chronovisor.do={plan}: {word}: repeat:TIMES expected"));
+                    }
+                    let times = if name == "forever" { None } else { times };
+                    if repeat.replace((std::mem::take(&mut steps), times)).is_some() {
+                        return Err(format!("chronovisor.do={plan}: only one repeat or forever is possible"));
+                    }
+                }
+                _ => return Err(format!("chronovisor.do={plan}: unknown step {word}")),
+            }
+        }
+        let (repeated, times) = repeat.unwrap_or((Vec::new(), Some(0)));
+        if times.is_none() && repeated.is_empty() {
+            return Err(format!("chronovisor.do={plan}: nothing to do forever"));
+        }
+        Ok(Self {
+            repeated,
+            times,
+            then: steps,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn steps(line: &str) -> Vec<Step> {
+        Plan::of_command_line(line).unwrap().steps().take(5).collect()
+    }
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[test]
+    fn steps_are_done_in_order() {
+        let line = "console=ttyS0 chronovisor.do=spin:20,sleep:30,poweroff quiet\n";
+        assert_eq!(steps(line), [Step::Spin(ms(20)), Step::Sleep(ms(30)), Step::PowerOff]);
+    }
+
+    #[test]
+    fn repeat_counts_rounds_and_goes_on() {
+        assert_eq!(
+            steps("chronovisor.do=spin:1,repeat:2,reboot"),
+            [Step::Spin(ms(1)), Step::Spin(ms(1)), Step::Reboot]
+        );
+    }
+
+    #[test]
+    fn forever_does_not_end() {
+        let (spin, sleep) = (Step::Spin(ms(1)), Step::Sleep(ms(2)));
+        assert_eq!(
+            steps("chronovisor.do=spin:1,sleep:2,forever"),
+            [spin, sleep, spin, sleep, spin]
+        );
+    }
+
+    #[test]
+    fn nothing_said_is_a_shell() {
+        assert_eq!(steps("console=ttyS0"), [Step::Shell]);
+    }
+
+    #[test]
+    fn nonsense_is_named() {
+        for (line, said) in [
+            ("jump", "unknown step jump"),
+            ("spin", "spin:MILLISECONDS"),
+            ("sleep:soon", "sleep:soon"),
+            ("spin:1,repeat", "repeat:TIMES"),
+            ("forever", "nothing to do"),
+            ("spin:1,forever,forever", "only one"),
+        ] {
+            let error = Plan::of_command_line(&format!("chronovisor.do={line}")).unwrap_err();
+            assert!(error.contains(said), "{line}: {error}");
+        }
+    }
+}
