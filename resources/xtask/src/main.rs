@@ -1,2 +1,114 @@
-//! `cargo xtask`: sets up, builds and tries everything.
-fn main() {}
+//! `cargo xtask`: sets up, builds, tries and tests everything.
+//!
+//! What it downloads and makes is kept in target/chronovisor; nothing outside the target directory is written, but for the
+//! Debian packages that it installs as root.
+
+mod bed;
+mod build;
+mod cpio;
+mod debian;
+mod layout;
+mod libtest;
+mod progress;
+mod setup;
+mod testing;
+mod vmlinux;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, Subcommand};
+
+use layout::{Layout, cargo};
+
+/// Sets up, builds, tries and tests Chronovisor.
+///
+/// Works on Debian 12 with a Rust toolchain. What it downloads and makes is kept in target/chronovisor, which may be
+/// removed at any time.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Get what the others need: Debian packages, the kernel, the guest's initramfs
+    ///
+    /// As root, installs the packages that this machine lacks; else prints the line that does. The kernel and busybox are
+    /// only downloaded and unpacked. A second run touches no network.
+    Setup,
+    /// Run the tests, each on the bed it is made for
+    ///
+    /// Ends with a line for each bed and one for all: "N passed, N failed, N skipped". The exit status is 0 if none failed.
+    Test {
+        /// This bed's tests only
+        #[arg(long)]
+        bed: Option<testing::Bed>,
+        /// Tests whose names contain this only
+        filter: Option<String>,
+    },
+    /// Open a shell in the emulated host, where CPUs 1 and 2 are tickless
+    ///
+    /// The chronovisor program and the Debian guest are in /bed, the test programs in /tests. Leave with exit,
+    /// or with Ctrl-A x.
+    Host,
+    /// Check formatting and lints, warnings denied
+    Lint,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("cargo xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// True if all went well; what did not has been told.
+fn run(task: Task) -> Result<bool> {
+    let layout = Layout::find()?;
+    match task {
+        Task::Setup => {
+            debian::install_missing()?;
+            let kit = setup::setup(&layout)?;
+            println!("guest kernel     {}", kit.vmlinux.display());
+            println!("guest initramfs  {}", kit.initramfs.display());
+            Ok(true)
+        }
+        Task::Test { bed, filter } => testing::test(&layout, bed, filter.as_deref()),
+        Task::Host => host(&layout),
+        Task::Lint => lint(&layout),
+    }
+}
+
+fn host(layout: &Layout) -> Result<bool> {
+    debian::install_missing()?;
+    let kit = setup::setup(layout)?;
+    let built = build::everything(layout)?;
+    let tests = built.tests.iter().filter_map(|test| {
+        let suite = test.suite.as_deref()?;
+        Some((format!("tests/{suite}"), test.executable.clone()))
+    });
+    bed::shell(layout, &kit, &built.chronovisor, &tests.collect::<Vec<_>>())?;
+    Ok(true)
+}
+
+fn lint(layout: &Layout) -> Result<bool> {
+    let run = |args: &[&str]| -> Result<()> {
+        let status = cargo()
+            .current_dir(&layout.root)
+            .args(args)
+            .status()
+            .context("cannot run cargo")?;
+        ensure!(status.success(), "cargo {} failed", args[0]);
+        Ok(())
+    };
+    run(&["fmt", "--all", "--check"])?;
+    run(&["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
+    Ok(true)
+}

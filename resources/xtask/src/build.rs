@@ -1,0 +1,184 @@
+//! Builds the workspace's programs and tests so that they run anywhere: linked statically, for this machine, for a guest
+//! and for the emulated host alike.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{IsTerminal, stderr};
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use crate::layout::{Layout, cargo};
+
+/// With a target named, cargo keeps the flags from build scripts and procedural macros, which cannot be static.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+const STATIC: &str = "-C target-feature=+crt-static";
+/// Optimised enough for an emulated host, and checked, and quick to build: see the root Cargo.toml.
+const PROFILE: &str = "bed";
+
+/// A test program.
+#[derive(Clone, Debug)]
+pub struct TestProgram {
+    /// `crate` for unit tests, `crate::file` for those of `crate/tests/file.rs`.
+    pub name: String,
+    /// The file of an integration test, without its extension; `None` for unit tests.
+    pub suite: Option<String>,
+    /// The executable.
+    pub executable: PathBuf,
+    /// The crate's folder, where cargo would run it.
+    pub package: PathBuf,
+}
+
+/// What a build of everything gives.
+#[derive(Debug)]
+pub struct Built {
+    /// The `chronovisor` program.
+    pub chronovisor: PathBuf,
+    /// Every test program.
+    pub tests: Vec<TestProgram>,
+}
+
+/// Cargo's message about a finished target; the other kinds of message are told apart by `reason`.
+#[derive(Deserialize)]
+struct Message {
+    reason: String,
+    target: Option<Target>,
+    profile: Option<Profile>,
+    executable: Option<PathBuf>,
+    manifest_path: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+    kind: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
+}
+
+/// The guest's init.
+pub fn guest_init(layout: &Layout) -> Result<PathBuf> {
+    program(&cargo_build(layout, &["--package=guest-init"])?, "guest-init")
+}
+
+/// The `chronovisor` program and all tests, in one build: cargo then compiles each dependency once.
+pub fn everything(layout: &Layout) -> Result<Built> {
+    let messages = cargo_build(layout, &["--workspace", "--bins", "--tests"])?;
+    let tests = messages.iter().filter_map(test_program).collect();
+    Ok(Built {
+        chronovisor: into_bed(layout, program(&messages, "chronovisor")?)?,
+        tests,
+    })
+}
+
+/// `cargo test --doc`, built as the rest is.
+pub fn doc_tests(layout: &Layout) -> Command {
+    let mut command = base(layout);
+    command
+        .args(["test", "--doc", "--workspace", "--quiet"])
+        .args(["--target", TARGET, "--profile", PROFILE]);
+    command.env("RUSTDOCFLAGS", flags("RUSTDOCFLAGS"));
+    command
+}
+
+/// Links the program into the folder where tests look for it.
+fn into_bed(layout: &Layout, program: PathBuf) -> Result<PathBuf> {
+    let link = layout.bed().join("chronovisor");
+    fs::create_dir_all(layout.bed())?;
+    if fs::read_link(&link).is_ok_and(|to| to == program) {
+        return Ok(program);
+    }
+    let _ = fs::remove_file(&link);
+    symlink(&program, &link).with_context(|| format!("cannot link {} to {}", link.display(), program.display()))?;
+    Ok(program)
+}
+
+fn test_program(message: &Message) -> Option<TestProgram> {
+    let (target, executable, manifest) = (
+        message.target.as_ref()?,
+        message.executable.as_ref()?,
+        message.manifest_path.as_ref()?,
+    );
+    if !message.profile.as_ref()?.test {
+        return None;
+    }
+    let package = manifest.parent()?.to_owned();
+    let crate_name = package.file_name()?.to_string_lossy();
+    let (name, suite) = if target.kind.iter().any(|kind| kind == "test") {
+        (format!("{crate_name}::{}", target.name), Some(target.name.clone()))
+    } else {
+        (crate_name.into_owned(), None)
+    };
+    Some(TestProgram {
+        name,
+        suite,
+        executable: executable.clone(),
+        package,
+    })
+}
+
+fn program(messages: &[Message], name: &str) -> Result<PathBuf> {
+    let made = |message: &&Message| {
+        message
+            .target
+            .as_ref()
+            .is_some_and(|target| target.name == name && target.kind == ["bin"])
+            && message.profile.as_ref().is_some_and(|profile| !profile.test)
+    };
+    let message = messages
+        .iter()
+        .find(made)
+        .with_context(|| format!("cargo built no program {name}"))?;
+    message
+        .executable
+        .clone()
+        .with_context(|| format!("cargo does not say where {name} is"))
+}
+
+fn cargo_build(layout: &Layout, args: &[&str]) -> Result<Vec<Message>> {
+    let mut command = base(layout);
+    command
+        .args(["build", "--target", TARGET, "--profile", PROFILE])
+        .args(args);
+    command.arg("--message-format=json-render-diagnostics");
+    if !stderr().is_terminal() {
+        command.arg("--quiet"); // errors and warnings are told all the same
+    }
+    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    ensure!(output.status.success(), "the build failed");
+    let messages = String::from_utf8(output.stdout).context("cargo's messages are not UTF-8")?;
+    let messages = messages
+        .lines()
+        .filter(|line| line.starts_with('{'))
+        .map(serde_json::from_str::<Message>);
+    let messages: Vec<Message> = messages
+        .collect::<Result<_, _>>()
+        .context("cannot read cargo's messages")?;
+    Ok(messages
+        .into_iter()
+        .filter(|message| message.reason == "compiler-artifact")
+        .collect())
+}
+
+fn base(layout: &Layout) -> Command {
+    let mut command = cargo();
+    command
+        .current_dir(&layout.root)
+        .stdin(Stdio::null())
+        .env("RUSTFLAGS", flags("RUSTFLAGS"));
+    command
+}
+
+/// The user's flags and ours: setting the variable would otherwise drop theirs.
+fn flags(variable: &str) -> OsString {
+    let mut flags = std::env::var_os(variable).unwrap_or_default();
+    flags.push(" ");
+    flags.push(STATIC);
+    flags
+}

@@ -1,0 +1,275 @@
+//! `cargo xtask test`: every test on the bed it is made for.
+//!
+//! * `anywhere`: unit tests, documentation tests, and the suites in tests/tests/ that need nothing.
+//! * `kvm`: tests/tests/kvm_*.rs, flat guests on this machine's /dev/kvm.
+//! * `nohz-full`: tests/tests/nohz_full_*.rs inside the emulated host, and kvm_*.rs there once more, on a real kvm-amd.
+//!
+//! A test that finds its bed lacking prints `SKIPPED bed: test: why` and returns; a bed that is lacking altogether skips its
+//! tests by name. Neither counts as passed.
+
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::build::{self, TestProgram};
+use crate::layout::Layout;
+use crate::libtest::{Parser, Tally};
+use crate::{bed, debian, setup};
+
+/// Where tests run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Bed {
+    /// Needs nothing.
+    Anywhere,
+    /// This machine's /dev/kvm, with flat guests.
+    Kvm,
+    /// The emulated host with tickless CPUs.
+    NohzFull,
+}
+
+const BEDS: [Bed; 3] = [Bed::Anywhere, Bed::Kvm, Bed::NohzFull];
+
+/// One at a time, for they measure time; and the output of those that pass, for they may say that they were skipped.
+const HARNESS: [&str; 2] = ["--test-threads=1", "--show-output"];
+/// A run takes minutes; in this time a hung one is given up.
+const NOHZ_FULL_LIMIT: Duration = Duration::from_secs(900);
+/// Tells the test programs' outputs in the emulated host apart: no test prints a line that starts with NUL's neighbour.
+const MARK: char = '\x01';
+
+impl Bed {
+    /// As on the command line and in the `SKIPPED` lines.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Anywhere => "anywhere",
+            Self::Kvm => "kvm",
+            Self::NohzFull => "nohz-full",
+        }
+    }
+
+    fn has(self, program: &TestProgram) -> bool {
+        let suite = program.suite.as_deref().unwrap_or_default();
+        let (kvm, nohz_full) = (suite.starts_with("kvm_"), suite.starts_with("nohz_full_"));
+        match self {
+            Self::Anywhere => !kvm && !nohz_full,
+            Self::Kvm => kvm,
+            Self::NohzFull => kvm || nohz_full,
+        }
+    }
+}
+
+/// Runs the tests of `only`, or of all beds, whose names contain `filter`. True if none failed.
+pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<bool> {
+    // What needs the guest, or QEMU, says so where it lacks: the other tests need neither.
+    let kit = debian::install_missing().and_then(|()| setup::setup(layout));
+    let built = build::everything(layout)?;
+    let mut tallies = Vec::new();
+    for bed in BEDS.into_iter().filter(|&bed| only.is_none_or(|only| only == bed)) {
+        println!("== bed {} ==", bed.name());
+        let programs: Vec<&TestProgram> = built.tests.iter().filter(|program| bed.has(program)).collect();
+        let run = Run {
+            layout,
+            chronovisor: &built.chronovisor,
+            programs: &programs,
+            filter,
+        };
+        let tally = match bed {
+            Bed::Anywhere => run.anywhere()?,
+            Bed::Kvm => match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+                Ok(_) => run.here()?,
+                Err(error) => run.skip_all(&format!("cannot open /dev/kvm: {error}"))?,
+            },
+            Bed::NohzFull => match &kit {
+                Ok(kit) => run.in_emulated_host(kit)?,
+                Err(error) => run.skip_all(&format!("{error:#}"))?,
+            },
+        };
+        tallies.push((bed, tally));
+    }
+    Ok(report(tallies))
+}
+
+/// Says what became of each bed's tests, and of all. True if none failed.
+fn report(tallies: Vec<(Bed, Tally)>) -> bool {
+    println!();
+    let mut total = Tally::default();
+    for (bed, tally) in tallies {
+        let (passed, failed, skipped) = (tally.passed, tally.failed.len(), tally.skipped.len());
+        println!(
+            "bed {}: {passed} passed, {failed} failed, {skipped} skipped",
+            bed.name()
+        );
+        for (test, why) in &tally.skipped {
+            println!("  skipped {test}: {}", why.lines().next().unwrap_or_default());
+        }
+        for test in &tally.failed {
+            println!("  FAILED {test}");
+        }
+        total.add(tally);
+    }
+    println!(
+        "{} passed, {} failed, {} skipped",
+        total.passed,
+        total.failed.len(),
+        total.skipped.len()
+    );
+    total.failed.is_empty()
+}
+
+/// The programs of one bed.
+struct Run<'a> {
+    layout: &'a Layout,
+    chronovisor: &'a std::path::Path,
+    programs: &'a [&'a TestProgram],
+    filter: Option<&'a str>,
+}
+
+impl Run<'_> {
+    fn anywhere(&self) -> Result<Tally> {
+        let mut tally = self.here()?;
+        let mut command = build::doc_tests(self.layout);
+        command.arg("--").args(HARNESS).args(self.filter);
+        // One program for each crate: each has its own summary.
+        let mut parser = Parser::default();
+        let mut documented = Tally::default();
+        let success = follow(&mut command, |line| {
+            parser.line(line);
+            if line.starts_with("test result: ") {
+                documented.add(std::mem::take(&mut parser).finish("documentation tests", true));
+            }
+        })?;
+        if !success && documented.failed.is_empty() {
+            documented.failed.push("documentation tests: the build".to_owned());
+        }
+        tally.add(documented);
+        Ok(tally)
+    }
+
+    fn here(&self) -> Result<Tally> {
+        let mut tally = Tally::default();
+        for program in self.programs {
+            println!("-- {} --", program.name);
+            let mut command = self.command(program);
+            command.args(HARNESS);
+            let mut parser = Parser::default();
+            let success = follow(&mut command, |line| parser.line(line))?;
+            tally.add(named(parser.finish("the program", success), program));
+        }
+        Ok(tally)
+    }
+
+    fn in_emulated_host(&self, kit: &setup::Kit) -> Result<Tally> {
+        if self.programs.is_empty() {
+            return Ok(Tally::default());
+        }
+        let path = |program: &TestProgram| format!("tests/{}", program.suite.as_deref().unwrap_or(&program.name));
+        let mut script = "cd /tests\n".to_owned();
+        for program in self.programs {
+            let filter = self
+                .filter
+                .map(|filter| format!(" '{}'", filter.replace('\'', r"'\''")))
+                .unwrap_or_default();
+            script += &format!(
+                "/{} {}{filter}\nprintf '\\n\\001%d\\n' $?\n",
+                path(program),
+                HARNESS.join(" ")
+            );
+        }
+        let job = bed::Job {
+            script,
+            chronovisor: self.chronovisor,
+            programs: self
+                .programs
+                .iter()
+                .map(|program| (path(program), program.executable.clone()))
+                .collect(),
+            limit: NOHZ_FULL_LIMIT,
+        };
+        let mut tally = Tally::default();
+        let mut parser = Parser::default();
+        let mut programs = self.programs.iter();
+        let mut current = programs.next();
+        let outcome = bed::run(self.layout, kit, &job, |line| {
+            match (line.strip_prefix(MARK), current) {
+                (Some(status), Some(program)) => {
+                    let ended = std::mem::take(&mut parser).finish("the program", status == "0");
+                    tally.add(named(ended, program));
+                    current = programs.next();
+                }
+                _ => {
+                    println!("{line}");
+                    parser.line(line);
+                }
+            }
+        });
+        match outcome {
+            Ok(outcome) => println!("(the emulated host took {:.1} s to boot)", outcome.boot.as_secs_f64()),
+            Err(error) => {
+                println!("{error:#}");
+                tally.failed.push("nohz-full: the emulated host".to_owned());
+            }
+        }
+        // What was running when the host failed, and all that should have followed.
+        if let Some(program) = current {
+            tally.add(named(parser.finish("the program", false), program));
+        }
+        tally
+            .failed
+            .extend(programs.map(|program| format!("{}: did not run", program.name)));
+        Ok(tally)
+    }
+
+    fn skip_all(&self, why: &str) -> Result<Tally> {
+        println!("skipped: {why}");
+        let mut tally = Tally::default();
+        for program in self.programs {
+            let output = self.command(program).args(["--list", "--format=terse"]).output()?;
+            let list = String::from_utf8_lossy(&output.stdout).into_owned();
+            let tests = list.lines().filter_map(|line| line.strip_suffix(": test"));
+            tally
+                .skipped
+                .extend(tests.map(|test| (format!("{}::{test}", program.name), why.to_owned())));
+        }
+        Ok(tally)
+    }
+
+    /// Runs `program` as cargo would: in its crate's folder, told where that is.
+    fn command(&self, program: &TestProgram) -> Command {
+        let mut command = Command::new(&program.executable);
+        command
+            .current_dir(&program.package)
+            .env("CARGO_MANIFEST_DIR", &program.package)
+            .args(self.filter);
+        command.env("CHRONOVISOR_BED", self.layout.bed()).stdin(Stdio::null());
+        command
+    }
+}
+
+/// Puts the program's name before those of its tests.
+fn named(tally: Tally, program: &TestProgram) -> Tally {
+    let name = |test: String| format!("{}::{test}", program.name);
+    Tally {
+        passed: tally.passed,
+        failed: tally.failed.into_iter().map(name).collect(),
+        skipped: tally.skipped.into_iter().map(|(test, why)| (name(test), why)).collect(),
+    }
+}
+
+/// Runs `command`, shows what it prints, and hands each line on. True if it ended well.
+fn follow(command: &mut Command, mut on_line: impl FnMut(&str)) -> Result<bool> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {name}"))?;
+    let output = child.stdout.take().context("no stdout")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        on_line(&line);
+    }
+    Ok(child.wait()?.success())
+}
