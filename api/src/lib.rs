@@ -1,1 +1,68 @@
+//! What people and programs talk to: the `chronovisor` command line and its REST API.
+//!
+//! A request that changes something is a message to the VMM thread and an answer; a reading goes straight from this room to
+//! `accounting`. This room keeps no state of the microVM's own, and runs nothing on a vCPU's thread.
 
+pub mod backend;
+mod cli;
+pub mod client;
+mod config_file;
+mod console;
+mod exit;
+mod host;
+mod log;
+pub mod routes;
+mod run;
+pub mod server;
+mod signals;
+mod socket;
+mod times;
+
+use std::io;
+use std::panic::{self, AssertUnwindSafe};
+use std::process::ExitCode;
+
+use cli::Command;
+
+/// The `chronovisor` command: from the arguments to the exit status.
+#[must_use]
+pub fn main() -> ExitCode {
+    panic::set_hook(Box::new(|info| {
+        let payload = info.payload();
+        let text = payload
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or(payload.downcast_ref::<&str>().copied());
+        let message = text.unwrap_or("no message");
+        let place = info.location().map(ToString::to_string).unwrap_or_default();
+        exit::say(&format!(
+            "a defect of chronovisor itself: {message} ({place}): please report it"
+        ));
+    }));
+    let status = panic::catch_unwind(AssertUnwindSafe(command)).unwrap_or(exit::INTERNAL);
+    console::restore();
+    ExitCode::from(status)
+}
+
+fn command() -> u8 {
+    let cli = match cli::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(status) => return status,
+    };
+    let result = match cli.command {
+        Some(Command::Run(args)) => run::run(args),
+        Some(Command::Times(args)) => times::times(&args),
+        None => run::serve(cli.serve),
+    };
+    result.unwrap_or_else(|error| {
+        if error
+            .downcast_ref::<io::Error>()
+            .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+        {
+            // `chronovisor times --watch | head`: the reader has had enough, as SIGPIPE would have told us.
+            return exit::by_signal(libc::SIGPIPE);
+        }
+        exit::say(&exit::one_line(&error));
+        exit::FAILED
+    })
+}

@@ -1,0 +1,171 @@
+//! What the API needs of a microVM, and no more: actions go to the VMM thread as messages, readings do not go there at all.
+//!
+//! The trait is the seam at which the REST surface is tested without KVM.
+
+use accounting::Reading;
+use vmm::{Action, ActionError, Reply, VmmHandle};
+
+/// Called with the answer to an action, on the VMM thread: it must not block.
+pub type Answer = Box<dyn FnOnce(Result<Reply, ActionError>) + Send>;
+
+/// A microVM, as the API sees it.
+pub trait Backend: Send + Sync + 'static {
+    /// Hands `action` to the VMM thread. An `answer` dropped without being called means that the microVM has ended.
+    fn send(&self, action: Action, answer: Answer);
+
+    /// How many vCPUs can be read: none before the start.
+    fn vcpus(&self) -> usize;
+
+    /// A reading of vCPU `index`, the running slice included; `None` where there is no such vCPU. Takes about as long as
+    /// a few system calls, and never enters the VMM thread.
+    fn read(&self, index: usize) -> Option<Reading>;
+}
+
+impl Backend for VmmHandle {
+    fn send(&self, action: Action, answer: Answer) {
+        Self::send(self, action, answer);
+    }
+
+    fn vcpus(&self) -> usize {
+        self.accounts().get().map_or(0, Vec::len)
+    }
+
+    fn read(&self, index: usize) -> Option<Reading> {
+        Some(self.accounts().get()?.get(index)?.read())
+    }
+}
+
+/// A microVM of thin air: it knows in which state what is legal, keeps what it is told, and answers at once.
+#[cfg(test)]
+pub(crate) mod fake {
+    use std::sync::Mutex;
+
+    use accounting::reading::{Bounds, Exits, HostCpu, Mode, Modes, Pending, Source, VcpuState};
+    use vmm::config::{HugePages, MachineConfig, VmConfig};
+    use vmm::{Info, RunState};
+
+    use super::*;
+
+    /// A reading with a figure in it.
+    pub(crate) fn reading(index: u32) -> Reading {
+        Reading {
+            index,
+            tid: 4242,
+            state: VcpuState::Guest,
+            at_ns: 123_456_789_012,
+            elapsed_ns: 5_000_000_000,
+            utime_ns: 4_900_000_000,
+            stime_ns: 60_000_000,
+            gtime_ns: 4_890_000_000,
+            modes: Modes {
+                guest_ns: 4_890_000_000,
+                host_user_ns: 10_000_000,
+                host_kernel_ns: 60_000_000,
+                halted_ns: 40_000_000,
+                ..Modes::default()
+            },
+            pending: Pending {
+                mode: Mode::Guest,
+                delta_ns: 812_345,
+            },
+            gtime_bounds_ns: Bounds {
+                lower: 4_889_000_000,
+                upper: 4_891_000_000,
+            },
+            source: Source::Vtime,
+            exits: Exits::default(),
+            host_cpu: HostCpu {
+                cpu: 3,
+                pinned: false,
+                nohz_full: true,
+                isolated: true,
+                tick_stopped: Some(true),
+            },
+        }
+    }
+
+    /// See the module.
+    #[derive(Debug)]
+    pub(crate) struct Fake {
+        state: Mutex<(RunState, MachineConfig)>,
+    }
+
+    impl Fake {
+        pub(crate) fn new(state: RunState) -> Self {
+            let config = MachineConfig {
+                vcpu_count: 2,
+                mem_size_mib: 128,
+                smt: false,
+                track_dirty_pages: false,
+                huge_pages: HugePages::None,
+            };
+            Self {
+                state: Mutex::new((state, config)),
+            }
+        }
+
+        fn answer(&self, action: Action) -> Result<Reply, ActionError> {
+            let mut state = self.state.lock().unwrap();
+            let (run, config) = &mut *state;
+            let started = *run != RunState::NotStarted;
+            match action {
+                Action::GetInfo => {
+                    let (id, vmm_version) = ("fake".to_owned(), "0".to_owned());
+                    Ok(Reply::Info(Info {
+                        id,
+                        state: *run,
+                        vmm_version,
+                        app_name: "Chronovisor".to_owned(),
+                    }))
+                }
+                Action::GetConfig => Ok(Reply::Config(VmConfig {
+                    machine_config: Some(config.clone()),
+                    boot_source: None,
+                })),
+                Action::GetMachineConfig => Ok(Reply::MachineConfig(config.clone())),
+                Action::Stop => Ok(Reply::Done),
+                Action::Pause | Action::Resume | Action::SendCtrlAltDel if !started => {
+                    Err(ActionError::NotNow("before the start"))
+                }
+                Action::Pause => {
+                    *run = RunState::Paused;
+                    Ok(Reply::Done)
+                }
+                Action::Resume => {
+                    *run = RunState::Running;
+                    Ok(Reply::Done)
+                }
+                Action::SendCtrlAltDel => Ok(Reply::Done),
+                _ if started => Err(ActionError::NotNow("after the start")),
+                Action::PutMachineConfig(new) => {
+                    *config = new;
+                    Ok(Reply::Done)
+                }
+                Action::Start => {
+                    *run = RunState::Running;
+                    Ok(Reply::Done)
+                }
+                _ => Ok(Reply::Done),
+            }
+        }
+    }
+
+    impl Backend for Fake {
+        fn send(&self, action: Action, answer: Answer) {
+            answer(self.answer(action));
+        }
+
+        fn vcpus(&self) -> usize {
+            let state = self.state.lock().unwrap();
+            if state.0 == RunState::NotStarted {
+                0
+            } else {
+                state.1.vcpu_count.into()
+            }
+        }
+
+        fn read(&self, index: usize) -> Option<Reading> {
+            (index < self.vcpus()).then(|| reading(u32::try_from(index).unwrap()))
+        }
+    }
+}

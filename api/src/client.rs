@@ -1,0 +1,118 @@
+//! A client of the API, for `chronovisor times`: GET over a unix socket that is kept open between requests.
+//!
+//! It speaks to this program's own server, which always announces a body's length: chunked answers are not understood.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Longest wait for an answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Largest answer: 32 vCPUs take some 40 KiB.
+const MAX_BODY: usize = 4 << 20;
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody serves the API there.
+    #[error("{path}: nobody serves the API there ({source}): give the socket of a running microVM with --api-sock")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The connection broke, as it does when the microVM ends.
+    #[error("the connection to the microVM broke: {0}")]
+    Broken(#[from] io::Error),
+    /// The server said no.
+    #[error("{path} was answered {status}: {body}")]
+    Refused {
+        /// What was asked for.
+        path: String,
+        /// The HTTP status.
+        status: u16,
+        /// What came with it.
+        body: String,
+    },
+}
+
+/// An open connection.
+#[derive(Debug)]
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    /// Connects to the API's socket.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn connect(path: &Path) -> Result<Self, ClientError> {
+        let open = || {
+            let stream = UnixStream::connect(path)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_write_timeout(Some(PATIENCE))?;
+            Ok(stream)
+        };
+        let stream = open().map_err(|source| ClientError::Connect {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            stream: BufReader::new(stream),
+        })
+    }
+
+    /// The body of `GET path`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn get(&mut self, path: &str) -> Result<Vec<u8>, ClientError> {
+        write!(self.stream.get_mut(), "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
+        let status = status(&self.line()?)?;
+        let mut length = None;
+        loop {
+            let line = self.line()?;
+            match line.split_once(':') {
+                Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                    length = value.trim().parse().ok().filter(|&length| length <= MAX_BODY);
+                }
+                Some(_) => {}
+                None => break,
+            }
+        }
+        let mut body = vec![0; length.ok_or_else(|| malformed("no length that can be read"))?];
+        self.stream.read_exact(&mut body)?;
+        match status {
+            200 => Ok(body),
+            _ => Err(ClientError::Refused {
+                path: path.to_owned(),
+                status,
+                body: String::from_utf8_lossy(&body).into_owned(),
+            }),
+        }
+    }
+
+    /// A line of an answer's head, without its end.
+    fn line(&mut self) -> Result<String, ClientError> {
+        let mut line = String::new();
+        if self.stream.by_ref().take(8192).read_line(&mut line)? == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        Ok(line.trim_end().to_owned())
+    }
+}
+
+fn status(line: &str) -> io::Result<u16> {
+    let status = line
+        .strip_prefix("HTTP/1.1 ")
+        .and_then(|rest| rest.get(..3)?.parse().ok());
+    status.ok_or_else(|| malformed("not an HTTP answer"))
+}
+
+fn malformed(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}

@@ -1,0 +1,239 @@
+//! The REST surface: Firecracker's paths with its status codes and bodies, and ours beside them.
+//!
+//! Promises: 200 with JSON, 204 on a change of state, 400 with `{"fault_message": "..."}` on every refusal, unknown paths and
+//! methods included. JSON is accepted under any content type; unknown fields are refused. A body is read to its end
+//! within [`Limits`] before any handler sees the request, so a slow or endless one costs its own connection only.
+
+mod actions;
+mod host;
+mod machine;
+mod vcpus;
+mod vm;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::{Request, State};
+use axum::http::{Method, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, patch, put};
+use http_body_util::BodyExt;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::oneshot;
+use vmm::{Action, ActionError, Reply};
+
+use crate::backend::Backend;
+
+/// The version of Firecracker whose API this one follows: what `GET /version` answers, as clients choose features by it.
+pub const FIRECRACKER_API: &str = "1.14.0";
+
+/// How much of a request is taken, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Largest body, in bytes. Firecracker's `HTTP_MAX_PAYLOAD_SIZE` unless told otherwise.
+    pub body_bytes: usize,
+    /// Longest wait for a whole body.
+    pub body_time: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            body_bytes: 51_200,
+            body_time: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What the handlers share.
+#[derive(Clone)]
+pub struct Shared {
+    /// The microVM.
+    pub backend: Arc<dyn Backend>,
+    /// Called on the API's thread once the guest has been started over the API.
+    pub started: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+/// All paths.
+pub fn router(shared: Shared, limits: Limits) -> Router {
+    Router::new()
+        .route("/", get(vm::info))
+        .route("/version", get(vm::version))
+        .route("/vm", patch(vm::patch_state))
+        .route("/vm/config", get(vm::config))
+        .route("/actions", put(actions::put))
+        .route(
+            "/machine-config",
+            get(machine::get).put(machine::put).patch(machine::patch),
+        )
+        .route("/boot-source", put(machine::put_boot_source))
+        .route("/vcpus", get(vcpus::list))
+        .route("/vcpus/{index}/cputime", get(vcpus::cputime))
+        .route("/host", get(host::get))
+        .fallback(unknown)
+        .method_not_allowed_fallback(unknown)
+        .layer(middleware::from_fn_with_state(limits, admit))
+        .with_state(shared)
+}
+
+/// A refusal: 400, with the reason as Firecracker's `fault_message`.
+#[derive(Clone, Debug)]
+struct Fault(String);
+
+impl Fault {
+    fn unknown(method: &Method, path: &str) -> Self {
+        Self(format!(
+            "Invalid request method and/or path: {method} {}.",
+            path.trim_start_matches('/')
+        ))
+    }
+}
+
+impl From<ActionError> for Fault {
+    fn from(error: ActionError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl IntoResponse for Fault {
+    fn into_response(self) -> Response {
+        #[derive(Serialize)]
+        struct Shape<'a> {
+            fault_message: &'a str,
+        }
+        let mut response = axum::Json(Shape { fault_message: &self.0 }).into_response();
+        *response.status_mut() = StatusCode::BAD_REQUEST;
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+async fn unknown(request: Request) -> Fault {
+    Fault::unknown(request.method(), request.uri().path())
+}
+
+/// Takes in the whole request, and refuses what no handler should see. The order of the checks is Firecracker's.
+async fn admit(State(limits): State<Limits>, request: Request, next: Next) -> Response {
+    let line = format!("{} {}", request.method(), request.uri().path());
+    let response = match whole(request, limits).await {
+        Ok(request) => next.run(request).await,
+        Err(fault) => fault.into_response(),
+    };
+    match response.extensions().get::<Fault>() {
+        Some(fault) => tracing::info!("{line}: {}: {}", response.status().as_u16(), fault.0),
+        None => tracing::debug!("{line}: {}", response.status().as_u16()),
+    }
+    response
+}
+
+async fn whole(request: Request, limits: Limits) -> Result<Request, Fault> {
+    let (parts, body) = request.into_parts();
+    let bytes = if body.is_end_stream() {
+        Bytes::new()
+    } else {
+        read_body(body, limits).await?
+    };
+    match parts.method {
+        Method::GET if !bytes.is_empty() => Err(Fault("GET request cannot have a body.".to_owned())),
+        Method::PUT | Method::PATCH if bytes.is_empty() => Err(Fault(format!("Empty {} request.", parts.method))),
+        // axum would answer HEAD from a GET handler.
+        Method::GET | Method::PUT | Method::PATCH => Ok(Request::from_parts(parts, Body::from(bytes))),
+        _ => Err(Fault::unknown(&parts.method, parts.uri.path())),
+    }
+}
+
+/// How much of a body that is too large is read and thrown away, so that its sender gets to read the answer instead of
+/// meeting a closed socket while it still writes.
+const DISCARD_BYTES: usize = 16 << 20;
+
+async fn read_body(mut body: Body, limits: Limits) -> Result<Bytes, Fault> {
+    let too_large = || {
+        Fault(format!(
+            "The body is larger than the limit of {} bytes.",
+            limits.body_bytes
+        ))
+    };
+    let announced = body.size_hint().lower();
+    if announced > (limits.body_bytes + DISCARD_BYTES) as u64 {
+        return Err(too_large());
+    }
+    let collect = async {
+        let (mut bytes, mut discarded) = (Vec::new(), 0);
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| Fault(format!("The body could not be read: {error}.")))?;
+            let Ok(data) = frame.into_data() else { continue };
+            if discarded > 0 || bytes.len() + data.len() > limits.body_bytes {
+                bytes = Vec::new();
+                discarded += data.len();
+                if discarded > DISCARD_BYTES {
+                    break;
+                }
+            } else {
+                bytes.extend_from_slice(&data);
+            }
+        }
+        if discarded > 0 {
+            Err(too_large())
+        } else {
+            Ok(Bytes::from(bytes))
+        }
+    };
+    tokio::time::timeout(limits.body_time, collect)
+        .await
+        .unwrap_or_else(|_| {
+            Err(Fault(format!(
+                "The body did not arrive within {} s.",
+                limits.body_time.as_secs()
+            )))
+        })
+}
+
+/// Reads a request's body as JSON, whatever its content type says: clients send it under a form's.
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+    serde_json::from_slice(body).map_err(|error| {
+        Fault(format!(
+            "An error occurred when deserializing the json body of a request: {error}."
+        ))
+    })
+}
+
+/// Sends an action to the VMM thread and waits for its answer.
+async fn ask(shared: &Shared, action: Action) -> Result<Reply, Fault> {
+    let (tx, rx) = oneshot::channel();
+    // The requester may have gone: then nobody waits for the answer.
+    shared
+        .backend
+        .send(action, Box::new(move |answer| drop(tx.send(answer))));
+    Ok(rx.await.unwrap_or(Err(ActionError::Ended))?)
+}
+
+/// Sends an action and turns its answer into a response.
+async fn act(shared: &Shared, action: Action) -> Result<Response, Fault> {
+    Ok(match ask(shared, action).await? {
+        Reply::Done => StatusCode::NO_CONTENT.into_response(),
+        Reply::Info(info) => json(&info),
+        Reply::Config(config) => json(&config),
+        Reply::MachineConfig(config) => json(&config),
+    })
+}
+
+/// 200 with a JSON body.
+fn json<T: Serialize>(value: &T) -> Response {
+    match serde_json::to_vec(value) {
+        Ok(body) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
+        Err(error) => Fault(format!("The answer could not be written as JSON: {error}.")).into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests;
