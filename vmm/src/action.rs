@@ -5,7 +5,10 @@ use std::sync::Arc;
 use accounting::Account;
 use serde::Serialize;
 
-use crate::config::{BootSource, MachineConfig, MachineConfigUpdate, Pinning, VmConfig};
+use crate::boot::BootError;
+use crate::config::{BootSource, ConfigError, MachineConfig, MachineConfigUpdate, Pinning, VmConfig};
+use crate::devices::i8042::KeysUnread;
+use crate::machine::StartError;
 
 /// A request to the VMM thread.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,6 +50,41 @@ pub enum Reply {
     Config(VmConfig),
     /// To `GetMachineConfig`.
     MachineConfig(MachineConfig),
+}
+
+/// Why a request was refused. `Display` is the one line the user, or Firecracker's `fault_message`, gets.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ActionError {
+    /// Not legal in this state.
+    #[error("{0}")]
+    NotNow(&'static str),
+    /// A machine that cannot be had.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A boot source that cannot be booted, as far as that shows before Start.
+    #[error(transparent)]
+    BootSource(#[from] BootError),
+    /// Start without a boot source. Firecracker's words.
+    #[error("Cannot start microvm without kernel configuration.")]
+    NoKernel,
+    /// Start failed; nothing is left of it.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// Ctrl-Alt-Del cannot be sent.
+    #[error("cannot send Ctrl-Alt-Del: {0}")]
+    Keys(#[from] KeysUnread),
+    /// The VMM has ended.
+    #[error("the microVM has ended")]
+    Ended,
+}
+
+impl ActionError {
+    /// Asked too late. Firecracker's words.
+    pub const AFTER_START: Self = Self::NotNow("The requested operation is not supported after starting the microVM.");
+    /// Asked too early. Firecracker's words.
+    pub const BEFORE_START: Self =
+        Self::NotNow("The requested operation is not supported before starting the microVM.");
 }
 
 /// `GET /`.

@@ -27,13 +27,80 @@ pub struct MachineConfig {
     pub huge_pages: HugePages,
 }
 
+impl Default for MachineConfig {
+    /// Firecracker's: one vCPU, 128 MiB.
+    fn default() -> Self {
+        Self {
+            vcpu_count: 1,
+            mem_size_mib: 128,
+            smt: false,
+            track_dirty_pages: false,
+            huge_pages: HugePages::None,
+        }
+    }
+}
+
+/// Why a machine configuration is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// Too few or too many.
+    #[error("vcpu_count is {0}: a microVM has 1 to {MAX_VCPUS} vCPUs")]
+    VcpuCount(u8),
+    /// No memory, or half a huge page.
+    #[error("mem_size_mib is {0}: a microVM needs at least 1 MiB, and a multiple of 2 with huge_pages 2M")]
+    MemSize(usize),
+    /// A field whose only value is its default.
+    #[error("{0} is not supported yet: leave it out or set it to false")]
+    Unsupported(&'static str),
+}
+
+impl MachineConfig {
+    /// Whether it can be had. How much memory the host has is seen at Start.
+    ///
+    /// # Errors
+    /// The first field at fault.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.vcpu_count == 0 || self.vcpu_count > MAX_VCPUS {
+            return Err(ConfigError::VcpuCount(self.vcpu_count));
+        }
+        let granule = if self.huge_pages == HugePages::Hugetlbfs2M {
+            2
+        } else {
+            1
+        };
+        if self.mem_size_mib == 0 || self.mem_size_mib % granule != 0 {
+            return Err(ConfigError::MemSize(self.mem_size_mib));
+        }
+        if self.smt {
+            return Err(ConfigError::Unsupported("smt"));
+        }
+        if self.track_dirty_pages {
+            return Err(ConfigError::Unsupported("track_dirty_pages"));
+        }
+        Ok(())
+    }
+
+    /// With the fields that `update` has.
+    #[must_use]
+    pub fn updated(&self, update: &MachineConfigUpdate) -> Self {
+        Self {
+            vcpu_count: update.vcpu_count.unwrap_or(self.vcpu_count),
+            mem_size_mib: update.mem_size_mib.unwrap_or(self.mem_size_mib),
+            smt: update.smt.unwrap_or(self.smt),
+            track_dirty_pages: update.track_dirty_pages.unwrap_or(self.track_dirty_pages),
+            huge_pages: update.huge_pages.unwrap_or(self.huge_pages),
+        }
+    }
+}
+
 /// Huge pages behind guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {
-    /// As the host is set.
+    /// Nothing asked for, which is no reason to start slowly: transparent huge pages where the host gives them on request.
     #[default]
     None,
-    /// `madvise(MADV_HUGEPAGE)`.
+    /// Transparent huge pages, asked for by `madvise(MADV_HUGEPAGE)`.
     Transparent,
     /// hugetlbfs pages of 2 MiB.
     #[serde(rename = "2M")]
@@ -74,4 +141,57 @@ pub struct VmConfig {
     pub machine_config: Option<MachineConfig>,
     /// What it boots.
     pub boot_source: Option<BootSource>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_machine_is_firecrackers() {
+        let config = MachineConfig::default();
+        assert_eq!(
+            (config.vcpu_count, config.mem_size_mib, config.check()),
+            (1, 128, Ok(()))
+        );
+    }
+
+    #[test]
+    fn a_machine_that_cannot_be_had_is_refused_by_field_and_value() {
+        let refusal = |change: fn(&mut MachineConfig)| {
+            let mut config = MachineConfig::default();
+            change(&mut config);
+            config.check().unwrap_err().to_string()
+        };
+        assert_eq!(
+            refusal(|c| c.vcpu_count = 0),
+            "vcpu_count is 0: a microVM has 1 to 32 vCPUs"
+        );
+        assert_eq!(
+            refusal(|c| c.vcpu_count = 33),
+            "vcpu_count is 33: a microVM has 1 to 32 vCPUs"
+        );
+        assert!(refusal(|c| c.mem_size_mib = 0).starts_with("mem_size_mib is 0:"));
+        assert!(
+            refusal(|c| (c.mem_size_mib, c.huge_pages) = (3, HugePages::Hugetlbfs2M)).starts_with("mem_size_mib is 3:")
+        );
+        assert!(refusal(|c| c.smt = true).starts_with("smt is not supported yet"));
+        assert!(refusal(|c| c.track_dirty_pages = true).starts_with("track_dirty_pages is not supported yet"));
+    }
+
+    #[test]
+    fn an_update_changes_what_it_names_and_nothing_else() {
+        let update = MachineConfigUpdate {
+            mem_size_mib: Some(256),
+            ..Default::default()
+        };
+        let updated = MachineConfig::default().updated(&update);
+        assert_eq!(
+            updated,
+            MachineConfig {
+                mem_size_mib: 256,
+                ..MachineConfig::default()
+            }
+        );
+    }
 }

@@ -1,38 +1,48 @@
-//! One microVM. Interface agreed between the rooms; bodies to come.
+//! One microVM: memory, boot, devices, event loop, lifecycle.
+//!
+//! ```text
+//!                   send / request                     resume, pause, stop
+//!  VmmHandle ──────────────────────► the VMM thread ──────────────────────► vCPU threads
+//!     │                                lifecycle.rs ◄────────────────────── (the vcpu crate)
+//!     │ accounts()                     console.rs     exits, MachineEvent      │
+//!     ▼                                     ▲                                  ▼
+//!  readings, which never                    └──────── OutputRing ◄──────── devices/
+//!  enter the VMM thread
+//! ```
+//!
+//! [`Vmm::spawn`] makes the VMM thread and nothing else; a machine exists between a successful [`Action::Start`] and the
+//! [`End`] ([`lifecycle`]). Building it reads top to bottom in [`machine`]: memory, ACPI tables, kernel, KVM, devices, vCPUs.
+//! After that the VMM thread ([`event_loop`]) only moves console bytes and answers requests.
+//!
+//! This crate knows nothing of HTTP, command lines or terminals: those are `api`'s. It keeps no time: that is `accounting`'s.
 
+mod acpi;
 pub mod action;
+pub mod boot;
 pub mod config;
-
-pub use action::{Accounts, Action, Info, Reply, RunState};
+mod console;
+mod devices;
+mod end;
+mod event_loop;
+pub mod host;
+pub mod kvm;
+mod layout;
+mod lifecycle;
+pub mod machine;
+pub mod memory;
+#[cfg(test)]
+mod testing;
 
 use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 
-/// How a microVM ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
-    /// The guest powered off (ACPI S5).
-    PowerOff,
-    /// The guest asked for a reset (i8042 or the ACPI reset register).
-    Reboot,
-    /// A vCPU triple-faulted.
-    TripleFault,
-    /// KVM could not go on: one line for the user, what happened on which vCPU, and what to do.
-    KvmError(String),
-    /// Stopped by [`Action::Stop`].
-    Stopped,
-}
+use vmm_sys_util::eventfd::EventFd;
 
-/// Why a request was refused. `Display` is the one line the user, or Firecracker's `fault_message`, gets.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ActionError {
-    /// Not legal in this state.
-    #[error("{0}")]
-    NotNow(&'static str),
-    /// The VMM has ended.
-    #[error("the microVM has ended")]
-    Ended,
-}
+pub use action::{Accounts, Action, ActionError, Info, Reply, RunState};
+pub use devices::i8042::KeysUnread;
+pub use end::End;
 
 /// The guest's serial console.
 #[derive(Debug)]
@@ -58,15 +68,34 @@ pub struct Options {
     pub console: Console,
 }
 
+/// What the VMM thread publishes for any thread to read.
+#[derive(Debug, Default)]
+pub(crate) struct Shared {
+    pub accounts: Accounts,
+    pub warnings: Mutex<Vec<String>>,
+}
+
 /// Asks the VMM thread. Cheap to clone; may be used from any thread.
 #[derive(Clone, Debug)]
-pub struct VmmHandle {}
+pub struct VmmHandle {
+    requests: Sender<Request>,
+    wake: Arc<EventFd>,
+    shared: Arc<Shared>,
+}
 
 impl VmmHandle {
-    /// Sends `action`; `reply` is called on the VMM thread with the answer (it must not block).
+    /// Sends `action`; `reply` is called exactly once with the answer: on the VMM thread, where it must not block, or, once
+    /// that has ended, on whichever thread notices.
     pub fn send(&self, action: Action, reply: impl FnOnce(Result<Reply, ActionError>) + Send + 'static) {
-        let _ = (action, reply);
-        todo!()
+        let request = Request {
+            action,
+            reply: ReplyTo(Some(Box::new(reply))),
+        };
+        // Without a VMM thread the request comes back and is dropped, which answers it.
+        if self.requests.send(request).is_ok() {
+            // Fails only where the counter is full, and then the VMM thread is awake.
+            let _ = self.wake.write(1);
+        }
     }
 
     /// Sends `action` and waits.
@@ -74,34 +103,97 @@ impl VmmHandle {
     /// # Errors
     /// See [`ActionError`].
     pub fn request(&self, action: Action) -> Result<Reply, ActionError> {
-        let _ = action;
-        todo!()
+        let (answer, answered) = channel();
+        self.send(action, move |result| {
+            let _ = answer.send(result);
+        });
+        answered.recv().unwrap_or(Err(ActionError::Ended))
     }
 
     /// The vCPUs' accounts.
     #[must_use]
     pub fn accounts(&self) -> &Accounts {
-        todo!()
+        &self.shared.accounts
+    }
+
+    /// What the user should know of the machine that was started, a line each: vCPUs on CPUs that tick, for instance. Logged
+    /// at Start as well.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        self.shared
+            .warnings
+            .lock()
+            .expect("no holder of this lock panics")
+            .clone()
+    }
+}
+
+/// A request on its way to the VMM thread.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub action: Action,
+    pub reply: ReplyTo,
+}
+
+type Answer = Box<dyn FnOnce(Result<Reply, ActionError>) + Send>;
+
+/// Whom to answer. Dropped without an answer, it says that the microVM has ended: nobody is left waiting.
+pub(crate) struct ReplyTo(Option<Answer>);
+
+impl ReplyTo {
+    pub(crate) fn answer(mut self, result: Result<Reply, ActionError>) {
+        if let Some(answer) = self.0.take() {
+            answer(result);
+        }
+    }
+}
+
+impl Drop for ReplyTo {
+    fn drop(&mut self) {
+        if let Some(answer) = self.0.take() {
+            answer(Err(ActionError::Ended));
+        }
+    }
+}
+
+impl std::fmt::Debug for ReplyTo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ReplyTo")
     }
 }
 
 /// The VMM thread's handle: join it to learn how the VM ended.
 #[derive(Debug)]
-pub struct Vmm {}
+pub struct Vmm {
+    thread: JoinHandle<End>,
+}
 
 impl Vmm {
     /// Starts the VMM thread (named `vmm`).
     ///
     /// # Errors
-    /// The thread or its epoll could not be made.
+    /// The thread, its epoll or one of its descriptors could not be made, or the host's CPUs not be read.
     pub fn spawn(options: Options) -> std::io::Result<(Self, VmmHandle)> {
-        let _ = options;
-        todo!()
+        let shared = Arc::new(Shared::default());
+        let (requests, incoming) = channel();
+        let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let handle = VmmHandle {
+            requests,
+            wake: Arc::clone(&wake),
+            shared: Arc::clone(&shared),
+        };
+        let thread = event_loop::spawn(options, event_loop::Inbox { incoming, wake }, shared)?;
+        Ok((Self { thread }, handle))
     }
 
     /// Waits for the microVM's end.
     #[must_use]
     pub fn join(self) -> End {
-        todo!()
+        let panicked = |_| End::KvmError("the VMM thread panicked: an error of ours; report the message above".into());
+        self.thread.join().unwrap_or_else(panicked)
     }
 }
+
+#[cfg(test)]
+#[path = "vm_tests.rs"]
+mod vm_tests;

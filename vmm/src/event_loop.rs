@@ -1,0 +1,135 @@
+//! The VMM thread: epoll over requests, the machine's events and the console, until the microVM has ended.
+//!
+//! It runs on housekeeping CPUs, sleeps when nobody wants anything, and is the only thread that changes the microVM's state.
+
+use std::cell::RefCell;
+use std::io;
+use std::rc::Rc;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+use accounting::host::{CpuSet, HostCpus, run_on};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::console::ConsoleIo;
+use crate::devices::ring::OutputRing;
+use crate::devices::{MachineEvent, SerialPort};
+use crate::end::End;
+use crate::lifecycle::Lifecycle;
+use crate::machine::Surroundings;
+use crate::{Options, Request, Shared};
+
+/// Where requests arrive.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    pub incoming: Receiver<Request>,
+    pub wake: Arc<EventFd>,
+}
+
+/// Starts the thread. Everything that can fail is done before this returns.
+pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::Result<JoinHandle<End>> {
+    let Options { id, console } = options;
+    let ring = Arc::new(OutputRing::new()?);
+    let serial = Arc::new(SerialPort::new(Arc::clone(&ring))?);
+    let console = ConsoleIo::new(console, Arc::clone(&ring), Arc::clone(&serial))?;
+    let cpus = Arc::new(HostCpus::read()?);
+    let (events, happened) = channel();
+    let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    let around = Surroundings {
+        cpus,
+        ring,
+        serial,
+        events,
+        wake: wake.try_clone()?,
+    };
+
+    let (ready, made) = mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new().name("vmm".into()).spawn(move || {
+        // The event manager holds its subscribers by Rc, so it is made on its own thread.
+        let prepared = run_on(&around.cpus.housekeeping(&CpuSet::new()))
+            .and_then(|()| EventManager::new().map_err(io::Error::other));
+        let manager = match prepared {
+            Ok(manager) => manager,
+            Err(e) => {
+                let _ = ready.send(Err(e));
+                return End::Stopped;
+            }
+        };
+        let control = Control {
+            lifecycle: Lifecycle::new(id, around, shared),
+            inbox,
+            happened,
+            happening: wake,
+        };
+        let _ = ready.send(Ok(()));
+        run(manager, control, console)
+    })?;
+    made.recv()
+        .unwrap_or_else(|_| Err(io::Error::other("the VMM thread ended at once")))?;
+    Ok(thread)
+}
+
+type Subscriber = Rc<RefCell<dyn MutEventSubscriber>>;
+
+fn run(mut manager: EventManager<Subscriber>, control: Control, console: ConsoleIo) -> End {
+    let control = Rc::new(RefCell::new(control));
+    let console = Rc::new(RefCell::new(console));
+    manager.add_subscriber(Rc::clone(&control) as Subscriber);
+    manager.add_subscriber(Rc::clone(&console) as Subscriber);
+    let end = loop {
+        if let Some(end) = control.borrow().lifecycle.end() {
+            break end.clone();
+        }
+        if let Err(e) = manager.run() {
+            break End::KvmError(format!(
+                "the VMM cannot wait for events: {e}; report it with this host's kernel version"
+            ));
+        }
+    };
+    // The machine is gone, its vCPUs joined: nothing more will be said.
+    console.borrow_mut().last_words();
+    end
+}
+
+/// The side of the event loop that changes the microVM's state.
+struct Control {
+    lifecycle: Lifecycle<Surroundings>,
+    inbox: Inbox,
+    happened: Receiver<MachineEvent>,
+    happening: EventFd,
+}
+
+const REQUEST: u32 = 0;
+const EVENT: u32 = 1;
+
+impl MutEventSubscriber for Control {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        match events.data() {
+            REQUEST => {
+                let _ = self.inbox.wake.read();
+                while let Ok(Request { action, reply }) = self.inbox.incoming.try_recv() {
+                    tracing::debug!("{action:?}");
+                    reply.answer(self.lifecycle.act(action));
+                }
+            }
+            EVENT => {
+                let _ = self.happening.read();
+                while let Ok(event) = self.happened.try_recv() {
+                    tracing::debug!("{event:?}");
+                    self.lifecycle.hear(event);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        for (fd, data) in [(&*self.inbox.wake, REQUEST), (&self.happening, EVENT)] {
+            // Nothing else is registered yet and both are eventfds: only want of kernel memory is left.
+            ops.add(Events::with_data(fd, data, EventSet::IN))
+                .expect("an eventfd can be waited for");
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! What this host's KVM is good for: whether it is there, what stands behind it, and whether a stock kernel runs on it.
+//!
+//! The last is found out by behaviour, not by name. A KVM without VMX or SVM behind it is a software backend: code of the
+//! guest's user mode runs as it is, code of its kernel mode is emulated, and the emulator lacks instructions that every
+//! distribution's kernel executes. [`kvm`] lets a guest execute those.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use accounting::host::HostCpus;
+use kvm_ioctls::Kvm;
+use vcpu::setup::{self, Topology};
+use vcpu::{ExitHandler, Vcpu, VcpuConfig, VcpuEnd};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::boot::{Entry, Protocol, regs};
+use crate::config::HugePages;
+use crate::kvm::{self, KvmError, refused};
+use crate::machine::StartError;
+use crate::memory::GuestMemory;
+
+/// What this host's KVM is good for.
+#[derive(Debug)]
+pub struct KvmStatus {
+    /// Why it cannot be used at all; one line for the user.
+    pub error: Option<KvmError>,
+    /// The modules behind it: `kvm_intel`, `kvm_amd`, or another; empty where they are not told.
+    pub modules: Vec<String>,
+    /// Whether the kernel of a distribution runs on it. Found out by running what such a kernel executes.
+    pub runs_stock_kernels: bool,
+}
+
+/// Looks at this host's KVM. Takes some milliseconds, half a second at most.
+#[must_use]
+pub fn kvm() -> KvmStatus {
+    let modules = backend_modules();
+    match kvm::open() {
+        Ok(kvm) => KvmStatus {
+            error: None,
+            modules,
+            runs_stock_kernels: runs_stock_kernels(&kvm),
+        },
+        Err(error) => KvmStatus {
+            error: Some(error),
+            modules,
+            runs_stock_kernels: false,
+        },
+    }
+}
+
+/// The KVM backends that are loaded, by module name.
+pub(crate) fn backend_modules() -> Vec<String> {
+    let names = std::fs::read_dir("/sys/module").into_iter().flatten().flatten();
+    let mut modules: Vec<_> = names
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.starts_with("kvm_"))
+        .collect();
+    modules.sort();
+    modules
+}
+
+/// Whether one of `modules` drives VMX or SVM.
+pub(crate) fn has_hardware(modules: &[String]) -> bool {
+    modules
+        .iter()
+        .any(|module| module == "kvm_intel" || module == "kvm_amd")
+}
+
+/// `modules` for a sentence.
+pub(crate) fn name(modules: &[String]) -> String {
+    if modules.is_empty() {
+        "no known module".into()
+    } else {
+        modules.join(", ")
+    }
+}
+
+/// Where the probe lies in its guest: above everything in [`crate::layout`] that is used here.
+const CODE: u64 = 0x3_0000;
+const IDT: u64 = 0x3_1000;
+const HANDLER: u64 = 0x3_2000;
+/// Zeros, aligned for cmpxchg16b and xrstor.
+const SCRATCH: u64 = 0x3_3000;
+/// The port the probe ends at: 0x80 is for such codes on a PC.
+const DONE: u16 = 0x80;
+/// Vector of int3, and an interrupt gate's type and presence (Intel SDM volume 3A, 6.14.1).
+const BREAKPOINT: u64 = 3;
+const GATE: u64 = 0x8e00;
+const CR4_OSFXSR: u64 = 1 << 9;
+const CR4_OSXSAVE: u64 = 1 << 18;
+/// Enough for a thousand emulated instructions on a busy host, and no wait to speak of.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+fn runs_stock_kernels(kvm: &Kvm) -> bool {
+    match run_probe(kvm) {
+        Ok(ran) => ran,
+        Err(error) => {
+            tracing::debug!("the probe guest could not be made: {error}");
+            false
+        }
+    }
+}
+
+/// Runs what stock kernels execute, at their privilege. Whether all of it ran.
+fn run_probe(kvm: &Kvm) -> Result<bool, StartError> {
+    let host = |what| move |source| StartError::Host { what, source };
+    let supported = setup::cpuid::supported(kvm).map_err(refused("say which CPUID it supports"))?;
+    let has = |function, index, of: fn(&kvm_bindings::kvm_cpuid_entry2) -> u32, bit: u32| {
+        let mut leaves = supported.as_slice().iter();
+        leaves.any(|leaf| leaf.function == function && leaf.index == index && of(leaf) & (1 << bit) != 0)
+    };
+    // CPUID leaves 1 and 7: Intel SDM volume 2A, CPUID.
+    let (cx16, xsave) = (has(1, 0, |leaf| leaf.ecx, 13), has(1, 0, |leaf| leaf.ecx, 26));
+    let smap = has(7, 0, |leaf| leaf.ebx, 20);
+
+    let memory = GuestMemory::new(1, HugePages::None)?;
+    let entry = Entry {
+        address: CODE,
+        protocol: Protocol::Linux64,
+    };
+    regs::write_tables(memory.view(), entry)?;
+    // The gate's offset fits 32 bits; its selector is that of the code that runs.
+    let gate = (HANDLER & 0xffff) | 0x10 << 16 | GATE << 32 | (HANDLER >> 16) << 48;
+    let parts: [(&[u8], u64); 3] = [
+        (&code(cx16, smap, xsave), CODE),
+        (&gate.to_le_bytes(), IDT + BREAKPOINT * 16),
+        (&IRETQ, HANDLER),
+    ];
+    for (bytes, at) in parts {
+        let written = memory.view().write_slice(bytes, GuestAddress(at));
+        written.map_err(|e| host("write the probe guest")(std::io::Error::other(e)))?;
+    }
+
+    let vm = kvm::create_vm(kvm, &memory)?;
+    let fd = vm.create_vcpu(0).map_err(refused("create a vCPU"))?;
+    setup::apply(&fd, &supported, Topology { vcpus: 1, smt: false }, 0)?;
+    regs::set(&fd, entry).map_err(refused("set registers"))?;
+    let mut sregs = fd.get_sregs().map_err(refused("read registers"))?;
+    (sregs.idt.base, sregs.idt.limit) = (IDT, 0xfff);
+    sregs.cr4 |= if xsave { CR4_OSFXSR | CR4_OSXSAVE } else { 0 };
+    fd.set_sregs(&sregs).map_err(refused("set registers"))?;
+    let mut general = fd.get_regs().map_err(refused("read registers"))?;
+    general.rdi = SCRATCH;
+    fd.set_regs(&general).map_err(refused("set registers"))?;
+
+    let (tell, told) = channel();
+    let cpus = Arc::new(HostCpus::read().map_err(host("read the host's CPUs"))?);
+    let vcpu = Vcpu::spawn(
+        VcpuConfig {
+            index: 0,
+            pin: None,
+            host: cpus,
+        },
+        fd,
+        Arc::new(Probe(tell)),
+    )?;
+    vcpu.resume();
+    let ran = told.recv_timeout(PATIENCE).unwrap_or(false);
+    // Kicked out of KVM_RUN, wherever it is, before its memory goes.
+    drop(vcpu);
+    Ok(ran)
+}
+
+const IRETQ: [u8; 2] = [0x48, 0xcf];
+
+fn code(cx16: bool, smap: bool, xsave: bool) -> Vec<u8> {
+    let mut code = Vec::new();
+    if cx16 {
+        code.extend([0xf0, 0x48, 0x0f, 0xc7, 0x0f]); // lock cmpxchg16b [rdi]
+    }
+    code.push(0xcc); // int3
+    if smap {
+        code.extend([0x0f, 0x01, 0xca]); // clac
+    }
+    if xsave {
+        code.extend([0x31, 0xc0, 0x31, 0xd2]); // xor eax, eax; xor edx, edx
+        code.extend([0x0f, 0xae, 0x2f]); // xrstor [rdi]
+    }
+    code.extend([0xe6, 0x80]); // out 0x80, al
+    code.extend([0xeb, 0xfe]); // jmp to itself
+    code
+}
+
+/// Hears whether the probe came through.
+struct Probe(Sender<bool>);
+
+impl ExitHandler for Probe {
+    fn io_read(&self, _port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn io_write(&self, port: u16, _data: &[u8]) {
+        let _ = self.0.send(port == DONE);
+    }
+    fn mmio_read(&self, _addr: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _addr: u64, _data: &[u8]) {}
+    fn ended(&self, _index: u32, end: VcpuEnd) {
+        tracing::debug!("the probe guest ended: {end:?}");
+        let _ = self.0.send(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn looking_takes_less_than_a_second_and_agrees_with_hardware() {
+        let begin = Instant::now();
+        let status = kvm();
+        assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+        match &status.error {
+            Some(error) => assert!(!status.runs_stock_kernels && !error.to_string().contains('\n')),
+            // Hardware runs every instruction there is. The converse is not ours to promise.
+            None => assert!(
+                status.runs_stock_kernels || !has_hardware(&status.modules),
+                "{status:?}"
+            ),
+        }
+    }
+
+    #[test]
+    fn only_hardware_backends_count_as_such() {
+        let names = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert!(has_hardware(&names(&["kvm_amd"])) && has_hardware(&names(&["kvm_intel"])));
+        assert!(!has_hardware(&names(&["kvm_pvm"])) && !has_hardware(&[]));
+        assert_eq!(name(&names(&["kvm_pvm"])), "kvm_pvm");
+    }
+}

@@ -1,0 +1,212 @@
+//! A running machine: guest memory, devices, vCPUs, and the VM that joins them.
+//!
+//! Building one either succeeds whole or leaves nothing behind: what was made is dropped in the reverse order of its making,
+//! vCPU threads first.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use accounting::Account;
+use accounting::host::{CpuSet, HostCpus, run_on};
+use kvm_ioctls::VmFd;
+use vcpu::pin::{self, PinError};
+use vcpu::setup::{self, SetupError, Topology};
+use vcpu::{Vcpu, VcpuConfig, VcpuError};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::acpi::{self, AcpiError};
+use crate::boot::{self, BootError};
+use crate::config::{BootSource, MachineConfig, Pinning};
+use crate::devices::i8042::KeysUnread;
+use crate::devices::ring::OutputRing;
+use crate::devices::{Bus, I8042, MachineEvent, Notifier, Pm, SerialPort};
+use crate::kvm::{self, CallError, KvmError, refused};
+use crate::layout::{COM1_IRQ, KEYBOARD_IRQ};
+use crate::memory::{GuestMemory, MemoryError};
+
+/// Why a machine could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The host has no usable KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// KVM refused a call.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// No guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The boot source cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// No ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// The vCPUs cannot be pinned as asked.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// A vCPU's registers could not be set.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// A vCPU's thread could not be started.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// Something of the process's own.
+    #[error("cannot {what}: {source}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// What a machine is built from.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// vCPUs and memory.
+    pub machine: MachineConfig,
+    /// The kernel.
+    pub boot: BootSource,
+    /// Host CPUs for the vCPUs.
+    pub pinning: Pinning,
+}
+
+/// What lives longer than a machine: the ends of it that the VMM thread holds.
+#[derive(Debug)]
+pub struct Surroundings {
+    /// The host's CPUs, read before any thread of ours was confined to some of them.
+    pub cpus: Arc<HostCpus>,
+    /// Where output goes.
+    pub ring: Arc<OutputRing>,
+    /// COM1.
+    pub serial: Arc<SerialPort>,
+    /// Where events go.
+    pub events: Sender<MachineEvent>,
+    /// Announces them.
+    pub wake: EventFd,
+}
+
+/// The machine. Its vCPUs are stopped when it is dropped.
+#[derive(Debug)]
+pub struct Machine {
+    // Dropped from top to bottom: the threads use all that follows.
+    vcpus: Vec<Vcpu>,
+    bus: Arc<Bus>,
+    ring: Arc<OutputRing>,
+    _vm: VmFd,
+    _memory: GuestMemory,
+}
+
+impl Machine {
+    /// Builds the machine; its vCPUs are held. Beside it, what the user should know.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn build(plan: &Plan, around: &Surroundings) -> Result<(Self, Vec<String>), StartError> {
+        let host = |what| move |source| StartError::Host { what, source };
+        let cpus = &around.cpus;
+        let vcpus = plan.machine.vcpu_count;
+        let choice = pin::choose(cpus, &plan.pinning, usize::from(vcpus))?;
+        let kvm = kvm::open()?;
+
+        let memory = GuestMemory::new(plan.machine.mem_size_mib, plan.machine.huge_pages)?;
+        let rsdp = acpi::write(memory.view(), vcpus)?;
+        let entry = boot::load(&plan.boot, &memory, rsdp)?;
+        boot::regs::write_tables(memory.view(), entry)?;
+
+        let vm = kvm::create_vm(&kvm, &memory)?;
+        let eventfd = host("make an eventfd");
+        let bus = Arc::new(Bus {
+            serial: Arc::clone(&around.serial),
+            i8042: I8042::new().map_err(&eventfd)?,
+            pm: Pm::default(),
+            notifier: Notifier::new(around.events.clone(), around.wake.try_clone().map_err(&eventfd)?),
+        });
+        vm.register_irqfd(bus.serial.interrupt(), COM1_IRQ)
+            .map_err(refused("connect COM1's interrupt"))?;
+        vm.register_irqfd(bus.i8042.interrupt(), KEYBOARD_IRQ)
+            .map_err(refused("connect the keyboard's interrupt"))?;
+
+        let supported = setup::cpuid::supported(&kvm).map_err(refused("say which CPUID it supports"))?;
+        let topology = Topology {
+            vcpus: u32::from(vcpus),
+            smt: plan.machine.smt,
+        };
+        let fds = (0..u32::from(vcpus))
+            .map(|index| {
+                let fd = vm.create_vcpu(u64::from(index)).map_err(refused("create a vCPU"))?;
+                setup::apply(&fd, &supported, topology, index)?;
+                if index == 0 {
+                    boot::regs::set(&fd, entry).map_err(refused("set the first vCPU's registers"))?;
+                }
+                Ok(fd)
+            })
+            .collect::<Result<Vec<_>, StartError>>()?;
+
+        // A vCPU that is not pinned inherits this thread's affinity: for that moment it is what the process was given. Afterwards
+        // everything but vCPUs keeps off the vCPUs' CPUs.
+        run_on(&cpus.affinity).map_err(host("set the affinity of the VMM thread"))?;
+        let pinned: CpuSet = choice.cpus.iter().flatten().copied().collect();
+        let spawned = (0..)
+            .zip(fds)
+            .zip(&choice.cpus)
+            .map(|((index, fd), &pin)| {
+                Vcpu::spawn(
+                    VcpuConfig {
+                        index,
+                        pin,
+                        host: Arc::clone(cpus),
+                    },
+                    fd,
+                    Arc::clone(&bus),
+                )
+            })
+            .collect::<Result<Vec<_>, VcpuError>>();
+        run_on(&cpus.housekeeping(&pinned)).map_err(host("set the affinity of the VMM thread"))?;
+
+        let machine = Self {
+            vcpus: spawned?,
+            bus,
+            ring: Arc::clone(&around.ring),
+            _vm: vm,
+            _memory: memory,
+        };
+        Ok((machine, choice.warnings.iter().map(ToString::to_string).collect()))
+    }
+
+    /// The vCPUs' accounts, in order.
+    #[must_use]
+    pub fn accounts(&self) -> Vec<Arc<Account>> {
+        self.vcpus.iter().map(|vcpu| Arc::clone(vcpu.account())).collect()
+    }
+
+    /// Sets every vCPU running.
+    pub fn resume(&self) {
+        self.vcpus.iter().for_each(Vcpu::resume);
+    }
+
+    /// Holds every vCPU; returns when all are held.
+    pub fn pause(&self) {
+        // One may be waiting for the console, which this thread empties.
+        self.ring.let_pass(true);
+        self.vcpus.iter().for_each(Vcpu::pause);
+        self.ring.let_pass(false);
+    }
+
+    /// Presses Ctrl-Alt-Del.
+    ///
+    /// # Errors
+    /// The guest has not read the last ones.
+    pub fn ctrl_alt_del(&self) -> Result<(), KeysUnread> {
+        self.bus.i8042.ctrl_alt_del()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.ring.let_pass(true);
+        self.vcpus.iter_mut().for_each(Vcpu::stop);
+    }
+}
