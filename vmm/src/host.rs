@@ -92,7 +92,8 @@ const CR4_OSXSAVE: u64 = 1 << 18;
 /// Enough for a thousand emulated instructions on a busy host, and no wait to speak of.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-fn runs_stock_kernels(kvm: &Kvm) -> bool {
+/// Whether a guest comes through what such kernels execute.
+pub(crate) fn runs_stock_kernels(kvm: &Kvm) -> bool {
     match run_probe(kvm) {
         Ok(ran) => ran,
         Err(error) => {
@@ -118,6 +119,7 @@ fn run_probe(kvm: &Kvm) -> Result<bool, StartError> {
     let entry = Entry {
         address: CODE,
         protocol: Protocol::Linux64,
+        operating_system: false,
     };
     regs::write_tables(memory.view(), entry)?;
     // The gate's offset fits 32 bits; its selector is that of the code that runs.

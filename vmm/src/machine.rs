@@ -3,12 +3,13 @@
 //! Building one either succeeds whole or leaves nothing behind: what was made is dropped in the reverse order of its making,
 //! vCPU threads first.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use accounting::Account;
 use accounting::host::{CpuSet, HostCpus, run_on};
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Kvm, VmFd};
 use vcpu::pin::{self, PinError};
 use vcpu::setup::{self, SetupError, Topology};
 use vcpu::{Vcpu, VcpuConfig, VcpuError};
@@ -20,6 +21,7 @@ use crate::config::{BootSource, MachineConfig, Pinning};
 use crate::devices::i8042::KeysUnread;
 use crate::devices::ring::OutputRing;
 use crate::devices::{Bus, I8042, MachineEvent, Notifier, Pm, SerialPort};
+use crate::host;
 use crate::kvm::{self, CallError, KvmError, refused};
 use crate::layout::{COM1_IRQ, KEYBOARD_IRQ};
 use crate::memory::{GuestMemory, MemoryError};
@@ -31,6 +33,18 @@ pub enum StartError {
     /// The host has no usable KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// A stock kernel on a KVM that cannot run one. Said before it is tried: an emulated kernel may take minutes to fail.
+    #[error(
+        "this host's KVM ({backend}) is a software backend that cannot run the kernel {}; use a host with VMX or SVM, \
+         or the emulated one that `cargo xtask demo` builds",
+        kernel.display()
+    )]
+    SoftwareBackend {
+        /// The modules behind it.
+        backend: String,
+        /// The kernel.
+        kernel: PathBuf,
+    },
     /// KVM refused a call.
     #[error(transparent)]
     Call(#[from] CallError),
@@ -105,7 +119,7 @@ impl Machine {
     /// # Errors
     /// See [`StartError`].
     pub fn build(plan: &Plan, around: &Surroundings) -> Result<(Self, Vec<String>), StartError> {
-        let host = |what| move |source| StartError::Host { what, source };
+        let failed = |what| move |source| StartError::Host { what, source };
         let cpus = &around.cpus;
         let vcpus = plan.machine.vcpu_count;
         let choice = pin::choose(cpus, &plan.pinning, usize::from(vcpus))?;
@@ -115,9 +129,12 @@ impl Machine {
         let rsdp = acpi::write(memory.view(), vcpus)?;
         let entry = boot::load(&plan.boot, &memory, rsdp)?;
         boot::regs::write_tables(memory.view(), entry)?;
+        if entry.operating_system {
+            check_backend(&kvm, &plan.boot)?;
+        }
 
         let vm = kvm::create_vm(&kvm, &memory)?;
-        let eventfd = host("make an eventfd");
+        let eventfd = failed("make an eventfd");
         let bus = Arc::new(Bus {
             serial: Arc::clone(&around.serial),
             i8042: I8042::new().map_err(&eventfd)?,
@@ -147,7 +164,7 @@ impl Machine {
 
         // A vCPU that is not pinned inherits this thread's affinity: for that moment it is what the process was given. Afterwards
         // everything but vCPUs keeps off the vCPUs' CPUs.
-        run_on(&cpus.affinity).map_err(host("set the affinity of the VMM thread"))?;
+        run_on(&cpus.affinity).map_err(failed("set the affinity of the VMM thread"))?;
         let pinned: CpuSet = choice.cpus.iter().flatten().copied().collect();
         let spawned = (0..)
             .zip(fds)
@@ -164,7 +181,7 @@ impl Machine {
                 )
             })
             .collect::<Result<Vec<_>, VcpuError>>();
-        run_on(&cpus.housekeeping(&pinned)).map_err(host("set the affinity of the VMM thread"))?;
+        run_on(&cpus.housekeeping(&pinned)).map_err(failed("set the affinity of the VMM thread"))?;
 
         let machine = Self {
             vcpus: spawned?,
@@ -202,6 +219,18 @@ impl Machine {
     pub fn ctrl_alt_del(&self) -> Result<(), KeysUnread> {
         self.bus.i8042.ctrl_alt_del()
     }
+}
+
+/// Hardware is taken at its name; anything else has to show what it can.
+fn check_backend(kvm: &Kvm, boot: &BootSource) -> Result<(), StartError> {
+    let modules = host::backend_modules();
+    if host::has_hardware(&modules) || host::runs_stock_kernels(kvm) {
+        return Ok(());
+    }
+    Err(StartError::SoftwareBackend {
+        backend: host::name(&modules),
+        kernel: boot.kernel_image_path.clone(),
+    })
 }
 
 impl Drop for Machine {

@@ -321,6 +321,14 @@ mod tests {
     }
 
     #[test]
+    fn too_few_huge_pages_are_refused_with_how_to_get_more() {
+        // 512 GiB: more than any pool of a machine that runs tests.
+        let refusal = GuestMemory::within(512 << 10, HugePages::Hugetlbfs2M, HOST).unwrap_err();
+        let refusal = refusal.to_string();
+        assert!(refusal.contains("`sysctl vm.nr_hugepages=1536`"), "{refusal}");
+    }
+
+    #[test]
     fn the_host_has_memory() {
         assert!(host_memory_mib() > 64);
     }

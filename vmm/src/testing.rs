@@ -68,3 +68,31 @@ pub fn elf(address: u64, code: &[u8]) -> Vec<u8> {
     file.extend(code);
     file
 }
+
+/// An ELF-64 kernel of no-operations at `address`, with the note of an operating system that is entered by PVH at `entry`.
+pub fn elf_with_pvh_note(address: u64, entry: u32) -> Vec<u8> {
+    const PHDR: usize = 64;
+    const PHDR_LEN: usize = 56;
+    let mut image = elf(address, &[0x90; 4096]);
+    // A second program header behind the first: everything after them moves.
+    let code = image.split_off(PHDR + PHDR_LEN);
+    let offset = (PHDR + 2 * PHDR_LEN) as u64;
+    image[56..58].copy_from_slice(&2u16.to_le_bytes());
+    image[PHDR + 8..PHDR + 16].copy_from_slice(&offset.to_le_bytes());
+    let note = [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), entry];
+    let note: Vec<u8> = note.iter().flat_map(|word| word.to_le_bytes()).collect();
+    image.extend([4u32, 4].iter().flat_map(|word| word.to_le_bytes())); // PT_NOTE
+    for quad in [
+        offset + code.len() as u64,
+        0,
+        0,
+        note.len() as u64,
+        note.len() as u64,
+        4,
+    ] {
+        image.extend(quad.to_le_bytes());
+    }
+    image.extend(code);
+    image.extend(note);
+    image
+}

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::config::{BootSource, MachineConfig, Pinning};
-use crate::testing::{TempFile, elf};
+use crate::testing::{TempFile, elf, elf_with_pvh_note};
 use std::io::Read;
 
 const ADDRESS: u64 = 0x20_0000;
@@ -177,4 +177,34 @@ fn a_request_after_the_end_is_answered_not_lost() {
     for _ in 0..3 {
         assert!(matches!(handle.request(Action::GetInfo), Err(ActionError::Ended)));
     }
+}
+
+#[test]
+fn a_software_backend_refuses_an_operating_system_at_once() {
+    let status = host::kvm();
+    if status.error.is_some() || status.runs_stock_kernels {
+        eprintln!("skipped: this needs a KVM that cannot run stock kernels");
+        return;
+    }
+    let (vmm, handle) = Vmm::spawn(Options {
+        id: "test".into(),
+        console: Console::None,
+    })
+    .unwrap();
+    let kernel = TempFile::new(&elf_with_pvh_note(ADDRESS, 0x20_0000));
+    let kernel_image_path = kernel.path().into();
+    handle
+        .request(Action::PutBootSource(BootSource {
+            kernel_image_path,
+            boot_args: None,
+            initrd_path: None,
+        }))
+        .unwrap();
+    let refusal = handle.request(Action::Start).unwrap_err().to_string();
+    assert!(
+        refusal.contains("is a software backend that cannot run the kernel"),
+        "{refusal}"
+    );
+    handle.request(Action::Stop).unwrap();
+    assert_eq!(vmm.join(), End::Stopped);
 }

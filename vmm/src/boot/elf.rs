@@ -41,7 +41,7 @@ impl Extent {
 /// What is wrong with a file.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Fault {
-    NotForUs(&'static str),
+    NotForUs(String),
     Truncated { part: &'static str, needed: u64 },
     Damaged(String),
     TooLarge { end: u64 },
@@ -51,10 +51,10 @@ pub(super) enum Fault {
 pub(super) fn check(file: &File, len: u64, low_end: u64) -> Result<Extent, Fault> {
     let header: [u8; EHDR] = read(file, 0, len, "ELF header")?;
     if header[4] != ELFCLASS64 || header[5] != ELFDATA2LSB || u16_at(&header, 18) != EM_X86_64 {
-        return Err(Fault::NotForUs("an ELF file of another machine"));
+        return Err(Fault::NotForUs("an ELF file of another machine".into()));
     }
     if ![ET_EXEC, ET_DYN].contains(&u16_at(&header, 16)) {
-        return Err(Fault::NotForUs("an ELF file that is not executable"));
+        return Err(Fault::NotForUs("an ELF file that is not executable".into()));
     }
     let (table, count) = (u64_at(&header, 32), u16_at(&header, 56));
     if usize::from(u16_at(&header, 54)) != PHDR || count == 0 {
@@ -90,8 +90,9 @@ pub(super) fn check(file: &File, len: u64, low_end: u64) -> Result<Extent, Fault
                 )));
             }
             if start < HIGH_MEMORY_START {
-                return Err(Fault::Damaged(format!(
-                    "segment {index} is to be loaded at {start:#x}, below 1 MiB"
+                // Not damage: an ordinary position-independent program is made so.
+                return Err(Fault::NotForUs(format!(
+                    "a program that loads at {start:#x}, below 1 MiB"
                 )));
             }
             if end > low_end {

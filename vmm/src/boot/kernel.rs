@@ -34,6 +34,9 @@ pub struct Entry {
     pub address: u64,
     /// In which state.
     pub protocol: Protocol,
+    /// Whether the image says that it is the kernel of an operating system: it has Linux's setup header or PVH's note. A flat
+    /// program in an ELF file has neither.
+    pub operating_system: bool,
 }
 
 /// A kernel in guest memory.
@@ -95,7 +98,7 @@ fn load_elf(path: &Path, file: &mut File, len: u64, memory: &GuestMemory) -> Res
     let extent = elf::check(file, len, memory.low_end()).map_err(|fault| match fault {
         Fault::NotForUs(found) => BootError::NotAKernel {
             path: path.into(),
-            found: found.into(),
+            found,
         },
         Fault::Truncated { part, needed } => BootError::Truncated {
             path: path.into(),
@@ -117,10 +120,12 @@ fn load_elf(path: &Path, file: &mut File, len: u64, memory: &GuestMemory) -> Res
         PvhBootCapability::PvhEntryPresent(address) => Entry {
             address: address.0,
             protocol: Protocol::Pvh,
+            operating_system: true,
         },
         _ => Entry {
             address: loaded.kernel_load.0,
             protocol: Protocol::Linux64,
+            operating_system: false,
         },
     };
     if !extent.holds(entry.address) {
@@ -204,6 +209,7 @@ fn load_bzimage(
         entry: Entry {
             address: start + ENTRY_64,
             protocol: Protocol::Linux64,
+            operating_system: true,
         },
         end,
         header: Some(header),

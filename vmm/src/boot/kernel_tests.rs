@@ -1,6 +1,6 @@
 use super::*;
 use crate::config::HugePages;
-use crate::testing::{TempFile, elf};
+use crate::testing::{TempFile, elf, elf_with_pvh_note};
 use vm_memory::Bytes;
 
 const MIB: u64 = 1 << 20;
@@ -19,33 +19,6 @@ fn load_bytes(image: &[u8]) -> Result<Kernel, BootError> {
 
 fn put(mut image: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
     image[at..at + bytes.len()].copy_from_slice(bytes);
-    image
-}
-
-/// Adds a note segment with PVH's entry to an image of one segment.
-fn with_pvh_note(address: u64, entry: u32) -> Vec<u8> {
-    let mut image = put(elf(address, &[0x90; 4096]), 56, &2u16.to_le_bytes());
-    let note: Vec<u8> = [4u32, 4, 18, u32::from_le_bytes(*b"Xen\0"), entry]
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect();
-    // The second program header takes 56 bytes: everything behind the first moves.
-    let code = image.split_off(PHDR + 56);
-    let offset = (PHDR + 2 * 56) as u64;
-    image = put(image, PHDR + 8, &offset.to_le_bytes());
-    image.extend([4u32, 4].iter().flat_map(|word| word.to_le_bytes()));
-    for quad in [
-        offset + code.len() as u64,
-        0,
-        0,
-        note.len() as u64,
-        note.len() as u64,
-        4,
-    ] {
-        image.extend(quad.to_le_bytes());
-    }
-    image.extend(code);
-    image.extend(note);
     image
 }
 
@@ -90,7 +63,8 @@ fn a_vmlinux_without_a_note_is_entered_by_the_64_bit_protocol() {
         kernel.entry,
         Entry {
             address: 2 * MIB,
-            protocol: Protocol::Linux64
+            protocol: Protocol::Linux64,
+            operating_system: false
         }
     );
     assert_eq!(
@@ -104,12 +78,13 @@ fn a_vmlinux_without_a_note_is_entered_by_the_64_bit_protocol() {
 
 #[test]
 fn a_vmlinux_with_the_note_is_entered_by_pvh() {
-    let kernel = load_bytes(&with_pvh_note(2 * MIB, (2 << 20) + 16)).unwrap();
+    let kernel = load_bytes(&elf_with_pvh_note(2 * MIB, (2 << 20) + 16)).unwrap();
     assert_eq!(
         kernel.entry,
         Entry {
             address: 2 * MIB + 16,
-            protocol: Protocol::Pvh
+            protocol: Protocol::Pvh,
+            operating_system: true
         }
     );
 }
@@ -121,7 +96,8 @@ fn a_bzimage_is_entered_0x200_above_its_preferred_address() {
         kernel.entry,
         Entry {
             address: 2 * MIB + 0x200,
-            protocol: Protocol::Linux64
+            protocol: Protocol::Linux64,
+            operating_system: true
         }
     );
     assert_eq!(
@@ -155,6 +131,10 @@ fn a_file_that_is_no_kernel_is_refused_with_what_was_expected() {
         (&put(elf(2 * MIB, b"x"), 18, &183u16.to_le_bytes()), "another machine"),
         (&put(elf(2 * MIB, b"x"), 4, &[1]), "another machine"),
         (&put(elf(2 * MIB, b"x"), 16, &1u16.to_le_bytes()), "not executable"),
+        (
+            &put(elf(2 * MIB, b"x"), PHDR + 24, &0x7000u64.to_le_bytes()),
+            "a program that loads at 0x7000",
+        ),
     ] {
         let refusal = load_bytes(image).unwrap_err().to_string();
         assert!(
@@ -175,7 +155,7 @@ fn a_truncated_kernel_is_refused_wherever_it_was_cut() {
             "ELF cut at {len}: {refusal}"
         );
     }
-    let pvh = with_pvh_note(2 * MIB, 2 << 20);
+    let pvh = elf_with_pvh_note(2 * MIB, 2 << 20);
     let refusal = load_bytes(&pvh[..pvh.len() - 1]).unwrap_err();
     assert!(
         matches!(
@@ -216,10 +196,9 @@ fn lengths_and_addresses_that_cannot_be_are_refused() {
             "more in the file than in memory",
             put(image(), PHDR + 40, &15u64.to_le_bytes()),
         ),
-        ("below 1 MiB", put(image(), PHDR + 24, &0x7000u64.to_le_bytes())),
         ("nothing to load", put(image(), PHDR, &[6])),
         ("entry outside", put(image(), 24, &(2 * MIB + 16).to_le_bytes())),
-        ("PVH entry outside", with_pvh_note(2 * MIB, 1)),
+        ("PVH entry outside", elf_with_pvh_note(2 * MIB, 1)),
         (
             "bzImage below 1 MiB",
             with_header(|header| header.pref_address = 0x7000),

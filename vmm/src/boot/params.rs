@@ -148,6 +148,7 @@ mod tests {
             entry: Entry {
                 address: 0x100_0000,
                 protocol: Protocol::Linux64,
+                operating_system: false,
             },
             end: 0x200_0000,
             header: None,

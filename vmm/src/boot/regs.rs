@@ -179,6 +179,7 @@ mod tests {
         let entry = Entry {
             address: 0x100_0000,
             protocol: Protocol::Linux64,
+            operating_system: false,
         };
         write_tables(memory.view(), entry).unwrap();
         let read = |address: u64| memory.view().read_obj::<u64>(GuestAddress(address)).unwrap();
@@ -207,6 +208,7 @@ mod tests {
         let regs = regs(Entry {
             address: 0x100_0000,
             protocol: Protocol::Pvh,
+            operating_system: false,
         });
         assert_eq!((regs.rip, regs.rbx, regs.rflags), (0x100_0000, PVH_START_INFO, 2));
     }
