@@ -62,15 +62,21 @@ impl ConsoleIo {
         })
     }
 
-    /// Writes what can be written. Whether anything is left.
+    /// Writes what was left over, then what the ring holds now; what comes later is announced again. So a guest that never
+    /// stops talking does not keep this thread from everything else. Whether anything is left.
     fn write(&mut self) -> bool {
-        loop {
-            if self.unwritten.is_empty() && self.ring.take(&mut self.unwritten) == 0 {
-                return false;
-            }
+        if self.flush() {
+            return true;
+        }
+        self.ring.take(&mut self.unwritten);
+        self.flush()
+    }
+
+    fn flush(&mut self) -> bool {
+        while !self.unwritten.is_empty() {
             let (Some(output), false) = (&mut self.output, self.broken) else {
                 self.unwritten.clear();
-                continue;
+                break;
             };
             match output.write(&self.unwritten) {
                 Ok(written) => drop(self.unwritten.drain(..written)),
@@ -82,6 +88,7 @@ impl ConsoleIo {
                 }
             }
         }
+        false
     }
 
     /// Writes what the guest said last, for as long as somebody reads it.

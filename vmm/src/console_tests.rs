@@ -164,3 +164,25 @@ fn last_words_wait_for_a_reader_but_not_for_ever() {
     drop(io);
     assert_eq!(reader.join().unwrap(), CAPACITY * 2);
 }
+
+#[test]
+fn a_guest_that_never_stops_talking_does_not_hold_the_loop() {
+    let (mut events, ring, _serial) = console(None, File::options().write(true).open("/dev/null").unwrap().into());
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let vcpu = thread::spawn({
+        let stop = Arc::clone(&stop);
+        move || {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                ring.wait_for_room();
+                ring.push(b'x');
+            }
+        }
+    });
+    for _ in 0..100 {
+        events.run_with_timeout(1000).unwrap();
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    // It may be waiting for room.
+    settle(&mut events);
+    vcpu.join().unwrap();
+}

@@ -5,6 +5,7 @@ use super::*;
 use crate::config::{BootSource, MachineConfig, Pinning};
 use crate::testing::{TempFile, elf, elf_with_pvh_note};
 use std::io::Read;
+use std::time::{Duration, Instant};
 
 const ADDRESS: u64 = 0x20_0000;
 
@@ -124,12 +125,16 @@ fn a_spinning_guest_is_paused_resumed_and_stopped() {
 }
 
 #[test]
-fn a_guest_whose_console_nobody_reads_can_still_be_paused_and_stopped() {
-    // out dx, al for ever
-    let code = [out(0x3f8, b'x'), vec![0xee, 0xeb, 0xfd]].concat();
-    let Some(run) = start(&code, 1) else { return };
-    // The pipe and the ring fill: 128 KiB, at some microseconds a byte. Nothing is asserted of how far it got.
-    std::thread::sleep(std::time::Duration::from_millis(500));
+fn a_guest_whose_console_nobody_reads_is_blocked_and_can_still_be_paused_and_stopped() {
+    // mov esi, ADDRESS; mov ecx, 4096; mov dx, 0x3f8; rep outsb; and again
+    let code = b"\xbe\0\0\x20\0\xb9\0\x10\0\0\x66\xba\xf8\x03\xf3\x6e\xeb\xee";
+    let Some(run) = start(code, 1) else { return };
+    let blocked = || run.handle.accounts().get().unwrap()[0].read().modes.blocked_ns;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while blocked() < 100_000_000 {
+        assert!(Instant::now() < deadline, "pipe and ring fill: 128 KiB");
+        std::thread::sleep(Duration::from_millis(10));
+    }
     run.handle.request(Action::Pause).unwrap();
     run.handle.request(Action::Resume).unwrap();
     run.handle.request(Action::Stop).unwrap();
