@@ -6,5 +6,6 @@
 
 pub mod bed;
 pub mod client;
+pub mod flat;
 pub mod terminal;
 pub mod vm;

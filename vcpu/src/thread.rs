@@ -197,10 +197,10 @@ impl<H: ExitHandler> Runner<H> {
             if let Some(end) = self.run_until_told() {
                 return end;
             }
-            self.writer.pause(Some(ExitReason::Interrupted));
             // Tells a guest with a KVM clock that it was held, so that its watchdogs forgive it
             // (Documentation/virt/kvm/api.rst, KVM_KVMCLOCK_CTRL). One without answers EINVAL, and needs no telling.
             let _ = self.fd.kvmclock_ctrl();
+            self.writer.pause(Some(ExitReason::Interrupted));
         }
     }
 

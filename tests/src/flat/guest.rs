@@ -1,0 +1,190 @@
+//! One vCPU that runs a program, and what it tells.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use accounting::clock::ticks;
+use accounting::host::HostCpus;
+use accounting::{Account, Reading};
+use anyhow::Result;
+use vcpu::{ExitHandler, Vcpu, VcpuConfig, VcpuEnd};
+
+use super::{Machine, Program, port};
+use crate::vm::PATIENCE;
+
+/// What happened, in the guest's order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The guest reported a figure.
+    Report(Box<Report>),
+    /// DONE.
+    Done,
+    /// The vCPU's loop ended.
+    Ended(VcpuEnd),
+}
+
+/// A figure, and what was known when it was reported.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// What the guest says.
+    pub value: u64,
+    /// At the exit that began to tell READY, if one did.
+    pub ready: Option<Mark>,
+    /// At the exit that began to report.
+    pub told: Mark,
+}
+
+/// One exit, seen by the vCPU thread while it handled it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mark {
+    /// A reading made there and then.
+    pub reading: Reading,
+    /// The host's TSC: the last thing of READY's handling, the first of REPORT's. Between the two is `KVM_RUN` and
+    /// little else.
+    pub tsc: u64,
+}
+
+/// A program on a vCPU: held, until it is resumed.
+#[derive(Debug)]
+pub struct Guest {
+    /// Dropped, and so stopped, before the machine.
+    pub vcpu: Vcpu,
+    /// The guest's TSC frequency.
+    pub tsc_khz: u32,
+    events: Receiver<Event>,
+    _machine: Machine,
+}
+
+impl Guest {
+    /// Makes a microVM of `program`, and its only vCPU, pinned to `pin`.
+    ///
+    /// # Errors
+    /// What KVM, or the vCPU, refused.
+    pub fn new(program: &Program, pin: Option<u32>) -> Result<Self> {
+        let mut machine = Machine::new(program, 1)?;
+        let (tell, events) = channel();
+        let listener = Arc::new(Listener {
+            tell,
+            account: OnceLock::new(),
+            begun: Mutex::default(),
+        });
+        let config = VcpuConfig {
+            index: 0,
+            pin,
+            host: Arc::new(HostCpus::read()?),
+        };
+        let vcpu = Vcpu::spawn(config, machine.vcpus.remove(0), listener.clone())?;
+        // The vCPU is held, so no exit comes before this.
+        let _ = listener.account.set(vcpu.account().clone());
+        Ok(Self {
+            vcpu,
+            tsc_khz: machine.tsc_khz,
+            events,
+            _machine: machine,
+        })
+    }
+
+    /// A new, running one: on a nohz_full CPU where the host has one, else wherever the scheduler puts it.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    #[must_use]
+    pub fn running(program: &Program) -> Self {
+        let host = HostCpus::read().expect("sysfs");
+        let tickless = host
+            .nohz_full
+            .as_ref()
+            .and_then(|cpus| cpus.intersection(&host.allowed).next().copied());
+        let guest = Self::new(program, tickless).unwrap_or_else(|error| panic!("{error:#}"));
+        guest.vcpu.resume();
+        guest
+    }
+
+    /// A reading.
+    #[must_use]
+    pub fn read(&self) -> Reading {
+        self.vcpu.account().read()
+    }
+
+    /// What happens next.
+    ///
+    /// # Panics
+    /// When nothing does for a long time.
+    #[must_use]
+    pub fn next(&self) -> Event {
+        self.events.recv_timeout(PATIENCE).expect("the guest tells something")
+    }
+}
+
+struct Listener {
+    tell: Sender<Event>,
+    account: OnceLock<Arc<Account>>,
+    begun: Mutex<Begun>,
+}
+
+/// A report that the guest has not made whole yet.
+#[derive(Default)]
+struct Begun {
+    ready: Option<Mark>,
+    /// The figure's low half, and its mark.
+    low: Option<(u32, Mark)>,
+}
+
+impl Listener {
+    fn read(&self) -> Reading {
+        self.account.get().expect("set before the vCPU was resumed").read()
+    }
+
+    fn tell(&self, event: Event) {
+        // Nobody listens once the test is over.
+        let _ = self.tell.send(event);
+    }
+}
+
+impl ExitHandler for Listener {
+    fn io_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn io_write(&self, port: u16, data: &[u8]) {
+        let tsc = ticks();
+        let mut begun = self.begun.lock().expect("one vCPU");
+        match port {
+            port::READY => {
+                let reading = self.read();
+                begun.ready.insert(Mark { reading, tsc }).tsc = ticks();
+            }
+            port::REPORT => {
+                let half = u32::from_le_bytes(data.try_into().expect("32 bits wide"));
+                match begun.low.take() {
+                    None => {
+                        begun.low = Some((
+                            half,
+                            Mark {
+                                reading: self.read(),
+                                tsc,
+                            },
+                        ))
+                    }
+                    Some((low, told)) => {
+                        let value = u64::from(half) << 32 | u64::from(low);
+                        let ready = begun.ready.take();
+                        self.tell(Event::Report(Box::new(Report { value, ready, told })));
+                    }
+                }
+            }
+            port::DONE => self.tell(Event::Done),
+            _ => {}
+        }
+    }
+
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+
+    fn ended(&self, _: u32, end: VcpuEnd) {
+        self.tell(Event::Ended(end));
+    }
+}
