@@ -129,3 +129,170 @@ pub(crate) fn kick(page: &RunPage, thread: &JoinHandle<()>) {
 pub(crate) fn clear(page: &RunPage) {
     page.immediate_exit().swap(0, Ordering::AcqRel);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::sync::Arc;
+    use std::thread;
+
+    use super::*;
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Ask {
+        Request,
+        Byte,
+        Signal,
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Answer {
+        Clear,
+        Look,
+    }
+
+    /// Where the vCPU thread is.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    enum At {
+        /// In user space, about to call `KVM_RUN`.
+        User,
+        /// In the kernel, past its look at `immediate_exit`, before its look at pending signals.
+        Entering,
+        Guest,
+        /// Back with `EINTR`: about to take step n of its answer.
+        Answering(usize),
+    }
+
+    /// Two who ask, one vCPU, and what they share. Who asks is a bit.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    struct World {
+        at: At,
+        /// Steps each has taken.
+        asked: [usize; 2],
+        requested: u8,
+        seen: u8,
+        byte: bool,
+        pending: bool,
+    }
+
+    /// Walks through every interleaving, and says whether one of them leaves the vCPU in the guest for good with a request
+    /// unseen. The guest may exit of its own accord, or never.
+    fn loses_a_kick(ask: [Ask; 3], answer: [Answer; 2]) -> bool {
+        let start = World {
+            at: At::User,
+            asked: [0; 2],
+            requested: 0,
+            seen: 0,
+            byte: false,
+            pending: false,
+        };
+        let (mut known, mut next) = (HashSet::from([start]), vec![start]);
+        while let Some(world) = next.pop() {
+            let asked = world.asked == [ask.len(); 2];
+            if asked && world.at == At::Guest && !world.pending && world.seen != world.requested {
+                return true;
+            }
+            let asks = (0..2)
+                .filter(|&who| world.asked[who] < ask.len())
+                .map(|who| asker(world, who, ask));
+            for world in asks.chain(vcpu(world, answer)) {
+                if known.insert(world) {
+                    next.push(world);
+                }
+            }
+        }
+        false
+    }
+
+    fn asker(mut world: World, who: usize, ask: [Ask; 3]) -> World {
+        match ask[world.asked[who]] {
+            Ask::Request => world.requested |= 1 << who,
+            Ask::Byte => world.byte = true,
+            // In user space its handler runs at once, and does nothing.
+            Ask::Signal => world.pending = matches!(world.at, At::Entering | At::Guest),
+        }
+        world.asked[who] += 1;
+        world
+    }
+
+    /// What the vCPU, KVM or the guest may do next.
+    fn vcpu(world: World, answer: [Answer; 2]) -> Vec<World> {
+        // On the way back to user space a pending signal's handler runs.
+        let interrupted = World {
+            at: At::Answering(0),
+            pending: false,
+            ..world
+        };
+        match world.at {
+            At::User if world.byte => vec![interrupted],
+            At::User => vec![World {
+                at: At::Entering,
+                ..world
+            }],
+            At::Entering | At::Guest if world.pending => vec![interrupted],
+            At::Entering => vec![World { at: At::Guest, ..world }],
+            At::Guest => vec![World { at: At::User, ..world }],
+            At::Answering(step) => {
+                let at = if step == 1 { At::User } else { At::Answering(1) };
+                vec![match answer[step] {
+                    Answer::Clear => World {
+                        at,
+                        byte: false,
+                        ..world
+                    },
+                    Answer::Look => World {
+                        at,
+                        seen: world.requested,
+                        ..world
+                    },
+                }]
+            }
+        }
+    }
+
+    #[test]
+    fn in_our_order_no_interleaving_loses_a_kick_and_in_any_other_one_does() {
+        use Answer::{Clear, Look};
+        use Ask::{Byte, Request, Signal};
+        for ask in [
+            [Request, Byte, Signal],
+            [Request, Signal, Byte],
+            [Byte, Request, Signal],
+            [Byte, Signal, Request],
+            [Signal, Request, Byte],
+            [Signal, Byte, Request],
+        ] {
+            for answer in [[Clear, Look], [Look, Clear]] {
+                let ours = ask == [Request, Byte, Signal] && answer == [Clear, Look];
+                assert_eq!(loses_a_kick(ask, answer), !ours, "{ask:?} {answer:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn who_waits_for_a_vcpu_that_ends_instead_is_let_go() {
+        let gate = Arc::new(Gate::new());
+        let waiter = thread::spawn({
+            let gate = gate.clone();
+            move || gate.wait_held()
+        });
+        gate.end();
+        waiter.join().expect("it returns");
+        assert!(!gate.want(Want::Hold), "nobody is there to kick");
+    }
+
+    #[test]
+    fn a_held_vcpu_needs_no_kick_and_a_stop_is_for_good() {
+        let gate = Arc::new(Gate::new());
+        let vcpu = thread::spawn({
+            let gate = gate.clone();
+            move || gate.hold()
+        });
+        gate.wait_held();
+        assert!(!gate.want(Want::Hold));
+        assert!(!gate.want(Want::Stop));
+        gate.want(Want::Run);
+        assert_eq!(vcpu.join().expect("it returns"), Want::Stop);
+        assert_eq!(gate.look(), Want::Stop);
+    }
+}

@@ -248,3 +248,138 @@ mod amd {
         leaf.ecx = 0;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AMD: [u32; 3] = amd::VENDORS[0];
+    const INTEL: [u32; 3] = [0x756e_6547, 0x4965_6e69, 0x6c65_746e];
+
+    fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
+    }
+
+    /// A host with all the leaves that say something of processors, every bit of them set but for the caches' types.
+    fn host([ebx, edx, ecx]: [u32; 3]) -> Vec<kvm_cpuid_entry2> {
+        let ones = [u32::MAX; 4];
+        let cache = |function, index, level: u32| leaf(function, index, [0xffff_ff00 | level << 5 | 1, 0, 0, 0]);
+        let mut leaves = vec![
+            leaf(0, 0, [0x1f, ebx, ecx, edx]),
+            leaf(1, 0, [0xffff_ffff, u32::MAX, 0, 0]),
+        ];
+        for function in [4, 0x8000_001d] {
+            leaves.extend([cache(function, 0, 1), cache(function, 1, 3), leaf(function, 2, [0; 4])]);
+        }
+        leaves.extend([0xa, 0xb, 0x1f].map(|function| leaf(function, 0, ones)));
+        leaves.extend([0x8000_0001, 0x8000_0008, 0x8000_001e].map(|function| leaf(function, 0, ones)));
+        leaves
+    }
+
+    fn of(vendor: [u32; 3], vcpus: u32, smt: bool, index: u32) -> impl Fn(u32, u32) -> [u32; 4] {
+        let leaves = of_vcpu(&host(vendor), Topology { vcpus, smt }, index);
+        move |function, sub| {
+            let leaf = leaves
+                .iter()
+                .find(|leaf| (leaf.function, leaf.index) == (function, sub))
+                .expect("the leaf");
+            [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
+        }
+    }
+
+    #[test]
+    fn every_leaf_that_tells_an_apic_id_tells_the_vcpus_own() {
+        for index in [0, 5, 31] {
+            let cpuid = of(AMD, 32, false, index);
+            let [_, ebx, ..] = cpuid(1, 0);
+            assert_eq!(ebx >> 24, index);
+            assert_eq!([0, 1, 2].map(|sub| cpuid(0xb, sub)[3]), [index; 3]);
+            assert_eq!(cpuid(0x8000_001e, 0)[0], index);
+        }
+    }
+
+    #[test]
+    fn the_guest_is_one_package_of_as_many_cores_as_it_has_vcpus() {
+        let cpuid = of(INTEL, 3, false, 0);
+        // Fields that make room for ids are rounded up to a power of two; counts are not.
+        assert_eq!(cpuid(1, 0)[1] >> 16 & 0xff, 4);
+        assert_eq!(cpuid(1, 0)[3] >> 28 & 1, 1, "HTT: the field above is valid");
+        assert_eq!(cpuid(4, 0)[0] >> 26, 3, "room for 4 cores, less one");
+        assert_eq!(
+            [0, 1].map(|sub| cpuid(4, sub)[0] >> 14 & 0xfff),
+            [0, 3],
+            "L1 is a core's own, L3 the package's"
+        );
+        assert_eq!(cpuid(4, 2), [0; 4], "the end of the list stays");
+        assert_eq!(cpuid(0xb, 0)[..3], [0, 1, 1 << 8]);
+        assert_eq!(cpuid(0xb, 1)[..3], [2, 3, 2 << 8 | 1]);
+        assert_eq!(cpuid(0xb, 2)[..3], [0, 0, 2]);
+    }
+
+    #[test]
+    fn with_smt_two_vcpus_are_threads_of_one_core() {
+        let cpuid = of(INTEL, 4, true, 3);
+        assert_eq!(cpuid(4, 0)[0] >> 26, 1);
+        assert_eq!(cpuid(4, 0)[0] >> 14 & 0xfff, 1);
+        assert_eq!(cpuid(0xb, 0)[..3], [1, 2, 1 << 8]);
+        assert_eq!(cpuid(0xb, 1)[..3], [2, 4, 2 << 8 | 1]);
+        let cpuid = of(AMD, 4, true, 3);
+        assert_eq!(
+            cpuid(0x8000_001e, 0)[1] & 0xffff,
+            1 << 8 | 1,
+            "second core, two threads each"
+        );
+    }
+
+    #[test]
+    fn amd_counts_its_cores_in_leaves_of_its_own() {
+        let cpuid = of(AMD, 3, false, 2);
+        assert_eq!(cpuid(0x8000_0008, 0)[2] & 0xff, 2);
+        assert_eq!(cpuid(0x8000_0008, 0)[2] >> 12 & 0xf, 2);
+        assert_eq!(cpuid(0x8000_0001, 0)[2] >> 1 & 1, 1, "cores, not threads");
+        assert_eq!(of(AMD, 2, true, 0)(0x8000_0001, 0)[2] >> 1 & 1, 0, "threads, not cores");
+        assert_eq!(cpuid(0x8000_001d, 1)[0] >> 14 & 0xfff, 3);
+        // On Intel these are reserved.
+        assert_eq!(of(INTEL, 3, false, 2)(0x8000_0008, 0), [u32::MAX; 4]);
+    }
+
+    #[test]
+    fn a_lone_vcpu_is_a_lone_core() {
+        let cpuid = of(INTEL, 1, true, 0);
+        assert_eq!((cpuid(1, 0)[1] >> 16, cpuid(1, 0)[3] >> 28 & 1), (1, 0));
+        assert_eq!([0, 1].map(|sub| cpuid(0xb, sub)[..2].to_vec()), [[0, 1], [0, 1]]);
+    }
+
+    #[test]
+    fn the_guest_knows_that_it_is_one_and_has_no_performance_counters() {
+        let cpuid = of(INTEL, 1, false, 0);
+        assert_eq!(cpuid(1, 0)[2] >> 31, 1);
+        assert_eq!(cpuid(0xa, 0), [0; 4]);
+    }
+
+    #[test]
+    fn without_xsave_nothing_that_needs_it_is_left() {
+        let ones = [u32::MAX; 4];
+        let leaves = [(1, 0), (7, 0), (7, 1), (0xd, 0), (0xd, 1)].map(|(function, index)| leaf(function, index, ones));
+        let mut cpuid = CpuId::from_entries(&leaves).unwrap();
+        mask_xsave(&mut cpuid);
+        let [leaf1, leaf7, _, leaf_d, leaf_d1] = cpuid.as_slice() else {
+            panic!("as many as before")
+        };
+        let (avx, sse42, avx2, bmi1) = (28, 20, 5, 3);
+        assert_eq!((leaf1.ecx >> avx & 1, leaf1.ecx >> sse42 & 1), (0, 1));
+        assert_eq!((leaf7.ebx >> avx2 & 1, leaf7.ebx >> bmi1 & 1), (0, 1));
+        assert_eq!(
+            [leaf_d, leaf_d1].map(|leaf| leaf.eax | leaf.ebx | leaf.ecx | leaf.edx),
+            [0, 0]
+        );
+    }
+}
