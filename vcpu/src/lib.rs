@@ -13,9 +13,9 @@
 //!                                        close the account, ExitHandler::ended
 //! ```
 //!
-//! The exit path is [`thread`]'s inner loop and [`exit`]'s match, and nothing else: two stamps, one call of the
+//! The exit path is `thread.rs`'s inner loop and `exit.rs`'s match, and nothing else: two stamps, one call of the
 //! [`ExitHandler`]. There is no lock, allocation, system call of ours or log line on it, and no look at what others
-//! want of the vCPU. Who wants something takes the thread out of `KVM_RUN` ([`kick`]); only then does it look. A vCPU
+//! want of the vCPU. Who wants something takes the thread out of `KVM_RUN` (`kick.rs`); only then does it look. A vCPU
 //! that nobody asks anything of is never disturbed: on a tickless CPU it stays in the guest for as long as the guest
 //! lets it.
 //!
