@@ -390,8 +390,8 @@ fn await_state(guest: &Guest, state: VcpuState) -> Reading {
     }
 }
 
-/// Waits until the vCPU's thread sleeps. One that is held has some instructions to go until then, and they cost CPU time,
-/// which is not the pause's.
+/// Waits until the vCPU's thread sleeps. One that is held has some instructions to go until then, and they cost CPU
+/// time, which is not the pause's.
 fn await_sleep(guest: &Guest) {
     let active_ns = || {
         let reading = guest.read();

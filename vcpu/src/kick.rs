@@ -175,8 +175,8 @@ mod tests {
         pending: bool,
     }
 
-    /// Walks through every interleaving, and says whether one of them leaves the vCPU in the guest for good with a request
-    /// unseen. The guest may exit of its own accord, or never.
+    /// Walks through every interleaving, and says whether one of them leaves the vCPU in the guest for good with a
+    /// request unseen. The guest may exit of its own accord, or never.
     fn loses_a_kick(ask: [Ask; 3], answer: [Answer; 2]) -> bool {
         let start = World {
             at: At::User,

@@ -185,8 +185,8 @@ fn check(host: &HostCpus, cpus: &[u32], vcpus: usize) -> Result<(), PinError> {
 }
 
 fn auto(host: &HostCpus, vcpus: usize) -> Choice {
-    // The kernel leaves isolated CPUs out of every affinity; a CPU that is missing from ours for another reason was taken
-    // from us on purpose, with taskset perhaps.
+    // The kernel leaves isolated CPUs out of every affinity; a CPU that is missing from ours for another reason was
+    // taken from us on purpose, with taskset perhaps.
     let ours = |cpu: &u32| host.affinity.contains(cpu) || host.isolated.contains(cpu);
     let mut usable: Vec<u32> = host.online.intersection(&host.allowed).copied().filter(ours).collect();
     if usable.len() < vcpus {
