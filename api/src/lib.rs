@@ -13,6 +13,8 @@ mod host;
 mod log;
 pub mod routes;
 mod run;
+#[cfg(test)]
+mod scratch;
 pub mod server;
 mod signals;
 mod socket;

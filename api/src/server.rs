@@ -195,3 +195,223 @@ impl Connection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use vmm::RunState;
+
+    use super::*;
+    use crate::backend::fake::Fake;
+    use crate::client::Client;
+    use crate::scratch::Scratch;
+    use crate::socket;
+
+    struct Served {
+        scratch: Scratch,
+        server: Server,
+        _file: Arc<socket::SocketFile>,
+    }
+
+    impl Served {
+        fn with(limits: Limits) -> Self {
+            let scratch = Scratch::new();
+            let (unix, file) = socket::bind(&scratch.path("s")).unwrap();
+            let backend = Arc::new(Fake::new(RunState::Running));
+            let server = Server::spawn(
+                Listeners {
+                    unix: Some(unix),
+                    tcp: None,
+                },
+                backend,
+                limits,
+                || {},
+            )
+            .unwrap();
+            Self {
+                scratch,
+                server,
+                _file: file,
+            }
+        }
+
+        fn new() -> Self {
+            Self::with(Limits::default())
+        }
+
+        fn connect(&self) -> UnixStream {
+            let stream = UnixStream::connect(self.scratch.path("s")).unwrap();
+            // Far above what any answer takes: only so that a failure does not hang.
+            stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            stream
+        }
+
+        fn answers(&self) -> bool {
+            Client::connect(&self.scratch.path("s"))
+                .and_then(|mut client| client.get("/version"))
+                .is_ok()
+        }
+    }
+
+    /// All that comes until the server closes the connection.
+    fn read_all(mut stream: UnixStream) -> String {
+        let mut answer = Vec::new();
+        // A connection that is reset is closed too.
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8(answer).unwrap()
+    }
+
+    #[test]
+    fn half_a_request_held_open_holds_nobody_up() {
+        let served = Served::new();
+        let halves: [&[u8]; 5] = [
+            b"",
+            b"G",
+            b"GET / HTTP/1.1\r\nHost",
+            b"PUT /actions HTTP/1.1\r\nContent-Length: 10\r\n\r\n{",
+            b"\r\n",
+        ];
+        let held: Vec<_> = halves.iter().map(|half| (served.connect(), half)).collect();
+        for (mut stream, half) in held.iter().map(|(stream, half)| (stream, half)) {
+            stream.write_all(half).unwrap();
+            assert!(served.answers());
+        }
+        drop(served.server);
+        for (stream, _) in held {
+            assert_eq!(read_all(stream), "");
+        }
+    }
+
+    #[test]
+    fn a_body_that_does_not_come_is_refused_in_time() {
+        let served = Served::with(Limits {
+            body_time: Duration::from_millis(20),
+            ..Limits::default()
+        });
+        let mut stream = served.connect();
+        stream
+            .write_all(b"PUT /actions HTTP/1.1\r\nContent-Length: 10\r\nConnection: close\r\n\r\n{")
+            .unwrap();
+        let answer = read_all(stream);
+        assert!(
+            answer.starts_with("HTTP/1.1 400 ") && answer.contains("did not arrive"),
+            "{answer}"
+        );
+    }
+
+    #[test]
+    fn a_body_of_10_mib_is_refused_and_its_sender_gets_to_read_that() {
+        let served = Served::new();
+        let body = vec![b' '; 10 << 20];
+        for chunked in [false, true] {
+            let mut stream = served.connect();
+            let head = "PUT /actions HTTP/1.1\r\nConnection: close\r\n";
+            if chunked {
+                write!(stream, "{head}Transfer-Encoding: chunked\r\n\r\n{:x}\r\n", body.len()).unwrap();
+                stream.write_all(&body).unwrap();
+                stream.write_all(b"\r\n0\r\n\r\n").unwrap();
+            } else {
+                write!(stream, "{head}Content-Length: {}\r\n\r\n", body.len()).unwrap();
+                stream.write_all(&body).unwrap();
+            }
+            let answer = read_all(stream);
+            assert!(
+                answer.starts_with("HTTP/1.1 400 ") && answer.contains("51200"),
+                "chunked {chunked}: {answer}"
+            );
+            assert!(served.answers());
+        }
+    }
+
+    #[test]
+    fn an_endless_body_is_cut_off() {
+        let served = Served::new();
+        let mut stream = served.connect();
+        write!(
+            stream,
+            "PUT /actions HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
+            1_u64 << 40
+        )
+        .unwrap();
+        let answer = read_all(stream);
+        assert!(
+            answer.starts_with("HTTP/1.1 400 ") && answer.contains("51200"),
+            "{answer}"
+        );
+        assert!(served.answers());
+    }
+
+    #[test]
+    fn what_is_not_http_costs_its_own_connection_only() {
+        let served = Served::new();
+        let endless_head = format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(1 << 20));
+        for bytes in [
+            b"\x16\x03\x01\x02\x00\x01\x00".as_slice(),
+            b"hello\r\n\r\n",
+            b"\0\0\0\0",
+            endless_head.as_bytes(),
+        ] {
+            let mut stream = served.connect();
+            // It may be closed before all is written.
+            let _ = stream.write_all(bytes);
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let answer = read_all(stream);
+            assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+            assert!(served.answers());
+        }
+    }
+
+    #[test]
+    fn one_connection_too_many_is_told_so_and_others_are_served_on() {
+        let served = Served::new();
+        let mut first = Client::connect(&served.scratch.path("s")).unwrap();
+        first.get("/version").unwrap();
+        let idle: Vec<_> = (1..CONNECTIONS).map(|_| served.connect()).collect();
+        // Connections are accepted in the order they were made.
+        let answer = read_all(served.connect());
+        assert!(
+            answer.starts_with("HTTP/1.1 503 ") && answer.contains("Too many open connections"),
+            "{answer}"
+        );
+        assert!(first.get("/vcpus").is_ok());
+        drop(idle);
+        // Room is made as the server sees them close: ask until it has.
+        while !served.answers() {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_client_that_reads_no_answer_holds_nobody_up() {
+        let served = Served::new();
+        let stream = served.connect();
+        stream.set_nonblocking(true).unwrap();
+        // Until neither side takes any more.
+        while (&stream).write_all(&b"GET /vcpus HTTP/1.1\r\n\r\n".repeat(64)).is_ok() {}
+        assert!(served.answers());
+    }
+
+    #[test]
+    fn the_loopback_is_served_as_the_socket_is() {
+        let tcp = socket::bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = tcp.local_addr().unwrap();
+        let backend = Arc::new(Fake::new(RunState::Running));
+        let listeners = Listeners {
+            unix: None,
+            tcp: Some(tcp),
+        };
+        let _server = Server::spawn(listeners, backend, Limits::default(), || {}).unwrap();
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        stream
+            .write_all(b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(
+            answer.starts_with("HTTP/1.1 200 ") && answer.contains("firecracker_version"),
+            "{answer}"
+        );
+    }
+}

@@ -172,3 +172,93 @@ pub fn bind_tcp(address: SocketAddr) -> Result<TcpListener, SocketError> {
         .map_err(|source| SocketError::Tcp { address, source })?;
     Ok(listener)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::scratch::Scratch;
+
+    #[test]
+    fn the_socket_is_its_owners_alone_and_goes_with_its_guard() {
+        let scratch = Scratch::new();
+        let path = scratch.path("s");
+        let (_listener, file) = bind(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(UnixStream::connect(&path).is_ok());
+        drop(file);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_that_has_taken_the_sockets_place_is_left_alone() {
+        let scratch = Scratch::new();
+        let path = scratch.path("s");
+        let (_listener, file) = bind(&path).unwrap();
+        // Made before the other goes, so that it cannot get its inode number.
+        std::fs::write(scratch.path("other"), "precious").unwrap();
+        std::fs::rename(scratch.path("other"), &path).unwrap();
+        drop(file);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[test]
+    fn a_path_that_cannot_be_is_refused_with_what_to_do_and_left_as_it_was() {
+        let scratch = Scratch::new();
+        let (in_use, stale, plain) = (scratch.path("in-use"), scratch.path("stale"), scratch.path("plain"));
+        let _listener = UnixListener::bind(&in_use).unwrap();
+        drop(UnixListener::bind(&stale).unwrap());
+        std::fs::write(&plain, "precious").unwrap();
+        let long = scratch.path("l".repeat(MAX_PATH));
+        let table = [
+            (in_use.clone(), "another process is listening"),
+            (stale.clone(), "remove it (rm "),
+            (plain.clone(), "not a socket"),
+            (scratch.path("missing/s"), "missing does not exist"),
+            (scratch.path("plain/s"), "Not a directory"),
+            (long, "107"),
+        ];
+        for (path, says) in table {
+            let said = bind(&path).expect_err(says).to_string();
+            assert!(said.contains(says), "{said}");
+            assert!(said.starts_with(&format!("--api-sock {}", path.display())), "{said}");
+        }
+        assert!(in_use.exists() && stale.exists() && plain.exists());
+        assert!(UnixStream::connect(&in_use).is_ok());
+    }
+
+    #[test]
+    fn the_longest_path_is_bound() {
+        let scratch = Scratch::new();
+        let room = MAX_PATH - scratch.path("x").as_os_str().len() + 1;
+        let path = scratch.path("x".repeat(room));
+        assert_eq!(path.as_os_str().len(), MAX_PATH);
+        assert!(bind(&path).is_ok());
+    }
+
+    #[test]
+    fn a_socket_whose_queue_is_full_is_in_use_not_waited_for() {
+        let scratch = Scratch::new();
+        let path = scratch.path("s");
+        let fd = socket().unwrap();
+        rustix::net::bind(&fd, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&fd, 0).unwrap();
+        let _queued = UnixStream::connect(&path).unwrap();
+        assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
+    }
+
+    #[test]
+    fn tcp_is_for_the_loopback_only() {
+        for address in ["0.0.0.0:0", "[::]:0", "192.0.2.1:80"] {
+            assert!(
+                matches!(bind_tcp(address.parse().unwrap()), Err(SocketError::NotLoopback(_))),
+                "{address}"
+            );
+        }
+        let first = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let taken = bind_tcp(first.local_addr().unwrap()).unwrap_err().to_string();
+        assert!(taken.starts_with("--api-listen 127.0.0.1:"), "{taken}");
+    }
+}
