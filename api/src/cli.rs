@@ -42,6 +42,8 @@ pub enum Command {
     Run(Run),
     /// Show where the vCPUs' time goes
     Times(Times),
+    /// Say how well this host can run guests and tell their time, and what to change
+    Check(Check),
 }
 
 /// Server mode: Firecracker's flags.
@@ -174,6 +176,14 @@ pub struct Times {
     /// End after this many readings
     #[arg(long, value_name = "N", requires = "watch", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
+}
+
+/// `chronovisor check`.
+#[derive(Args, Debug)]
+pub struct Check {
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// As Firecracker checks it.

@@ -1,9 +1,10 @@
-//! What this host offers a guest: its CPUs and its tick. Answered by `GET /host`.
+//! What this host offers a guest: its CPUs, its tick, its KVM. Answered by `GET /host` and judged by `chronovisor check`.
 
 use std::io;
 
 use accounting::host::{HostCpus, tick_ns};
 use serde::Serialize;
+use vmm::host::KvmStatus;
 
 /// The host, as read once.
 #[derive(Clone, Debug, Serialize)]
@@ -12,10 +13,37 @@ pub struct Host {
     pub cpus: HostCpus,
     /// Length of its timer tick, in nanoseconds.
     pub tick_ns: u64,
+    /// Its KVM.
+    pub kvm: Kvm,
+    /// The mode of transparent huge pages: always, madvise or never; `None` where the kernel has none.
+    pub transparent_hugepage: Option<String>,
+    /// Limit on this process's CPU time (`RLIMIT_CPU`), in seconds, if there is one.
+    pub cpu_limit_s: Option<u64>,
+}
+
+/// What its KVM is good for.
+#[derive(Clone, Debug, Serialize)]
+pub struct Kvm {
+    /// Why it cannot be used at all.
+    pub error: Option<String>,
+    /// The modules behind it.
+    pub modules: Vec<String>,
+    /// Whether the kernel of a distribution runs on it.
+    pub runs_stock_kernels: bool,
+}
+
+impl From<KvmStatus> for Kvm {
+    fn from(status: KvmStatus) -> Self {
+        Self {
+            error: status.error.map(|error| error.to_string()),
+            modules: status.modules,
+            runs_stock_kernels: status.runs_stock_kernels,
+        }
+    }
 }
 
 impl Host {
-    /// Reads it.
+    /// Reads it, and tries its KVM: this may take half a second.
     ///
     /// # Errors
     /// A file of sysfs that cannot be read or understood, by its path.
@@ -23,6 +51,15 @@ impl Host {
         Ok(Self {
             cpus: HostCpus::read()?,
             tick_ns: tick_ns(),
+            kvm: vmm::host::kvm().into(),
+            transparent_hugepage: transparent_hugepage(),
+            cpu_limit_s: rustix::process::getrlimit(rustix::process::Resource::Cpu).current,
         })
     }
+}
+
+/// The word in brackets: `always [madvise] never` (Documentation/admin-guide/mm/transhuge.rst).
+fn transparent_hugepage() -> Option<String> {
+    let text = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
+    Some(text.split_once('[')?.1.split_once(']')?.0.to_owned())
 }

@@ -4,6 +4,7 @@
 //! `accounting`. This room keeps no state of the microVM's own, and runs nothing on a vCPU's thread.
 
 pub mod backend;
+mod check;
 mod cli;
 pub mod client;
 mod config_file;
@@ -54,6 +55,7 @@ fn command() -> u8 {
     let result = match cli.command {
         Some(Command::Run(args)) => run::run(args),
         Some(Command::Times(args)) => times::times(&args),
+        Some(Command::Check(args)) => check::check(&args),
         None => run::serve(cli.serve),
     };
     result.unwrap_or_else(|error| {

@@ -1,8 +1,7 @@
 //! The API's thread: one current-thread runtime that accepts, serves and ends connections.
 //!
-//! Promises: kept off the vCPUs' CPUs; a client that holds a connection open, sends half a request or never reads its answer
-//! delays nobody else and is dropped in time; dropping the
-//! [`Server`] takes no longer than [`LINGER`], whatever clients do.
+//! Promises: kept off the vCPUs' CPUs; a client that sends half a request, or never reads its answer, delays nobody else; dropping
+//! the [`Server`] takes no longer than [`LINGER`], whatever clients do.
 
 use std::io;
 use std::net::TcpListener;
@@ -71,22 +70,14 @@ impl Server {
         };
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("api".to_owned()).spawn(move || {
-            keep_off_vcpus(&*backend);
-            let started = {
-                let backend = backend.clone();
-                move || {
-                    keep_off_vcpus(&*backend);
-                    started();
-                }
-            };
-            let router = routes::router(
-                Shared {
-                    backend,
-                    started: Arc::new(started),
-                },
-                limits,
-            );
-            runtime.block_on(accept(unix, tcp, router, stopped));
+            // Read before the first move: afterwards this thread's own affinity would be taken for the process's.
+            let host = HostCpus::read();
+            keep_off_vcpus(&host, &*backend);
+            let shared = Shared::new(backend.clone(), move || {
+                keep_off_vcpus(&host, &*backend);
+                started();
+            });
+            runtime.block_on(accept(unix, tcp, routes::router(shared, limits), stopped));
             runtime.shutdown_background();
         })?;
         Ok(Self {
@@ -107,12 +98,15 @@ impl Drop for Server {
 }
 
 /// Moves the calling thread to the housekeeping CPUs: a server on a vCPU's CPU would take that vCPU's time.
-fn keep_off_vcpus(backend: &dyn Backend) {
+fn keep_off_vcpus(host: &io::Result<HostCpus>, backend: &dyn Backend) {
     let readings = (0..backend.vcpus()).filter_map(|index| backend.read(index));
     let pinned: CpuSet = readings.filter(|r| r.host_cpu.pinned).map(|r| r.host_cpu.cpu).collect();
-    let moved = HostCpus::read().and_then(|host| run_on(&host.housekeeping(&pinned)));
+    let moved = match host {
+        Ok(host) => run_on(&host.housekeeping(&pinned)).map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
     if let Err(error) = moved {
-        tracing::warn!("the API's thread may share a CPU with a vCPU: its affinity could not be set: {error}");
+        tracing::warn!("the API's thread may share a CPU with a vCPU: {error}");
     }
 }
 

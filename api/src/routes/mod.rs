@@ -23,10 +23,11 @@ use axum::routing::{get, patch, put};
 use http_body_util::BodyExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::oneshot;
+use tokio::sync::{OnceCell, oneshot};
 use vmm::{Action, ActionError, Reply};
 
 use crate::backend::Backend;
+use crate::host::Host;
 
 /// The version of Firecracker whose API this one follows: what `GET /version` answers, as clients choose features by it.
 pub const FIRECRACKER_API: &str = "1.14.0";
@@ -52,10 +53,21 @@ impl Default for Limits {
 /// What the handlers share.
 #[derive(Clone)]
 pub struct Shared {
-    /// The microVM.
-    pub backend: Arc<dyn Backend>,
-    /// Called on the API's thread once the guest has been started over the API.
-    pub started: Arc<dyn Fn() + Send + Sync>,
+    backend: Arc<dyn Backend>,
+    started: Arc<dyn Fn() + Send + Sync>,
+    /// The host, once somebody has asked for it.
+    host: Arc<OnceCell<Host>>,
+}
+
+impl Shared {
+    /// `started` is called on the API's thread once the guest has been started over the API.
+    pub fn new(backend: Arc<dyn Backend>, started: impl Fn() + Send + Sync + 'static) -> Self {
+        Self {
+            backend,
+            started: Arc::new(started),
+            host: Arc::default(),
+        }
+    }
 }
 
 impl std::fmt::Debug for Shared {

@@ -9,10 +9,7 @@ use super::*;
 use crate::backend::fake::{self, Fake};
 
 fn router_in(state: RunState) -> Router {
-    let shared = Shared {
-        backend: Arc::new(Fake::new(state)),
-        started: Arc::new(|| {}),
-    };
+    let shared = Shared::new(Arc::new(Fake::new(state)), || {});
     router(shared, Limits::default())
 }
 
@@ -444,10 +441,7 @@ async fn the_guests_start_over_the_api_is_told_once() {
             told.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         }
     };
-    let shared = Shared {
-        backend: Arc::new(Fake::new(NotStarted)),
-        started: Arc::new(started),
-    };
+    let shared = Shared::new(Arc::new(Fake::new(NotStarted)), started);
     let router = router(shared, Limits::default());
     for status in [204, 400] {
         assert_eq!(
@@ -506,13 +500,7 @@ async fn a_microvm_that_has_ended_says_so() {
             None
         }
     }
-    let router = router(
-        Shared {
-            backend: Arc::new(Ended),
-            started: Arc::new(|| {}),
-        },
-        Limits::default(),
-    );
+    let router = router(Shared::new(Arc::new(Ended), || {}), Limits::default());
     let (status, value) = request_of(&router, "GET", "/", "").await;
     assert_eq!(
         (status, value["fault_message"].as_str()),
