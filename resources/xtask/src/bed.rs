@@ -16,6 +16,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::cpio::Archive;
 use crate::layout::Layout;
+use crate::process::bound_to_us;
 use crate::progress::Progress;
 use crate::setup::Kit;
 
@@ -50,7 +51,6 @@ pub struct Job<'a> {
 #[derive(Debug)]
 pub struct Outcome {
     /// The script's exit status.
-    #[expect(dead_code, reason = "the demo will want it")]
     pub status: i32,
     /// From starting QEMU to starting the script.
     pub boot: Duration,
@@ -122,6 +122,8 @@ pub fn run(layout: &Layout, kit: &Kit, job: &Job, mut on_line: impl FnMut(&str))
     };
     drop(progress);
     drop(qemu);
+    // What the job printed last, and did not end with a newline, tells where it was.
+    received.iter().for_each(|line| on_line(&line));
     bail!("the emulated host failed: {why}\n{}", last_lines(&mut console)?);
 }
 
@@ -136,26 +138,19 @@ pub fn shell(layout: &Layout, kit: &Kit, chronovisor: &Path, programs: &[(String
     Ok(())
 }
 
-/// QEMU without its serial ports. setpriv (util-linux) has the kernel kill it when the calling thread, which must be the
-/// main one, is gone.
+/// QEMU without its serial ports.
 fn qemu(kit: &Kit, initramfs: &File) -> Command {
-    let mut command = Command::new("setpriv");
+    let mut command = bound_to_us("KILL", "qemu-system-x86_64");
     command.args([
-        "--pdeathsig",
-        "KILL",
-        "qemu-system-x86_64",
         "-nodefaults",
         "-no-user-config",
         "-no-reboot",
-    ]);
-    command.args([
         "-machine",
         "q35",
         "-accel",
         "tcg,thread=multi",
-        "-cpu",
-        "qemu64,+svm,+npt,+fsgsbase,+rdtscp",
     ]);
+    command.args(["-cpu", "qemu64,+svm,+npt,+fsgsbase,+rdtscp"]);
     command.args(["-smp", CPUS, "-m", MEMORY_MIB, "-append", COMMAND_LINE]);
     command
         .arg("-kernel")

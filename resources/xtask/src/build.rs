@@ -67,6 +67,14 @@ pub fn guest_init(layout: &Layout) -> Result<PathBuf> {
     program(&cargo_build(layout, &["--package=guest-init"])?, "guest-init")
 }
 
+/// The `chronovisor` program.
+pub fn chronovisor(layout: &Layout) -> Result<PathBuf> {
+    into_bed(
+        layout,
+        program(&cargo_build(layout, &["--package=api", "--bins"])?, "chronovisor")?,
+    )
+}
+
 /// The `chronovisor` program and all tests, in one build: cargo then compiles each dependency once.
 pub fn everything(layout: &Layout) -> Result<Built> {
     let messages = cargo_build(layout, &["--workspace", "--bins", "--tests"])?;

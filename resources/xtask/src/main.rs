@@ -7,8 +7,10 @@ mod bed;
 mod build;
 mod cpio;
 mod debian;
+mod demo;
 mod layout;
 mod libtest;
+mod process;
 mod progress;
 mod setup;
 mod testing;
@@ -39,6 +41,11 @@ enum Task {
     /// As root, installs the packages that this machine lacks; else prints the line that does. The kernel and busybox are
     /// only downloaded and unpacked. A second run touches no network.
     Setup,
+    /// Boot a Debian guest pinned to a tickless CPU, and show where its time goes, live
+    ///
+    /// On this machine if its /dev/kvm can boot a stock kernel, otherwise in the emulated host. The last line is the last
+    /// reading, as JSON.
+    Demo,
     /// Run the tests, each on the bed it is made for
     ///
     /// Ends with a line for each bed and one for all: "N passed, N failed, N skipped". The exit status is 0 if none failed.
@@ -80,6 +87,7 @@ fn run(task: Task) -> Result<bool> {
             println!("guest initramfs  {}", kit.initramfs.display());
             Ok(true)
         }
+        Task::Demo => demo::demo(&layout).map(|()| true),
         Task::Test { bed, filter } => testing::test(&layout, bed, filter.as_deref()),
         Task::Host => host(&layout),
         Task::Lint => lint(&layout),
