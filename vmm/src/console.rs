@@ -46,7 +46,10 @@ pub(crate) struct ConsoleIo {
 impl ConsoleIo {
     pub(crate) fn new(console: Console, ring: Arc<OutputRing>, serial: Arc<SerialPort>) -> std::io::Result<Self> {
         let (input, output) = match console {
-            Console::Files { input, output } => (input.map(File::from), Some(nonblocking(output)?)),
+            Console::Files { input, output } => (
+                input.map(|input| nonblocking(input, OFlags::RDONLY)).transpose()?,
+                Some(nonblocking(output, OFlags::WRONLY)?),
+            ),
             Console::None => (None, None),
         };
         Ok(Self {
@@ -198,32 +201,31 @@ fn watch(ops: &mut EventOps, fd: RawFd, data: u32, set: EventSet, watched: bool,
     }
 }
 
-/// `output` such that writing to it never waits.
-fn nonblocking(output: OwnedFd) -> std::io::Result<File> {
-    let path = format!("/proc/self/fd/{}", output.as_raw_fd());
-    let kind = FileType::from_raw_mode(rustix::fs::fstat(&output)?.st_mode);
+/// `file` such that neither reading from it nor writing to it ever waits; `access` is what it was opened for.
+fn nonblocking(file: OwnedFd, access: OFlags) -> std::io::Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
     // Opening the master of a pseudo-terminal would make a new one.
-    let terminal =
-        || rustix::termios::isatty(&output) && !std::fs::read_link(&path).is_ok_and(|to| to.ends_with("ptmx"));
+    let terminal = || rustix::termios::isatty(&file) && !std::fs::read_link(&path).is_ok_and(|to| to.ends_with("ptmx"));
     match kind {
-        // Writing to a file does not wait for anybody; and a file opened anew would be written from its start.
-        FileType::RegularFile => return Ok(output.into()),
+        // A file does not wait for anybody; and one opened anew would be at its start.
+        FileType::RegularFile => return Ok(file.into()),
         FileType::Fifo => {}
         FileType::CharacterDevice if terminal() => {}
-        _ => return set_nonblocking(output),
+        _ => return set_nonblocking(file),
     }
-    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     match rustix::fs::open(path.as_str(), flags, Mode::empty()) {
         Ok(anew) => Ok(anew.into()),
         // No /proc, or another user's pipe: shared or not, it must not block.
-        Err(_) => set_nonblocking(output),
+        Err(_) => set_nonblocking(file),
     }
 }
 
-fn set_nonblocking(output: OwnedFd) -> std::io::Result<File> {
-    let flags = rustix::fs::fcntl_getfl(output.as_fd())?;
-    rustix::fs::fcntl_setfl(output.as_fd(), flags | OFlags::NONBLOCK)?;
-    Ok(output.into())
+fn set_nonblocking(file: OwnedFd) -> std::io::Result<File> {
+    let flags = rustix::fs::fcntl_getfl(file.as_fd())?;
+    rustix::fs::fcntl_setfl(file.as_fd(), flags | OFlags::NONBLOCK)?;
+    Ok(file.into())
 }
 
 #[cfg(test)]

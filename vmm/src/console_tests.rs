@@ -103,6 +103,22 @@ fn typing_waits_for_a_guest_with_room_and_loses_nothing() {
 }
 
 #[test]
+fn a_typist_who_types_nothing_never_holds_the_loop() {
+    let (read, _write) = std::io::pipe().unwrap();
+    let (mut events, _ring, serial) = console(Some(read.into()), std::io::pipe().unwrap().1.into());
+    let (done, is_done) = std::sync::mpsc::channel();
+    // The guest says that it has room, and the loop looks for input.
+    serial.open_input();
+    thread::spawn(move || {
+        settle(&mut events);
+        let _ = done.send(());
+    });
+    is_done
+        .recv_timeout(Duration::from_secs(30))
+        .expect("the loop waits for the typist");
+}
+
+#[test]
 fn the_end_of_input_does_not_spin_the_loop() {
     let (read, mut write) = std::io::pipe().unwrap();
     let (mut events, _ring, serial) = console(Some(read.into()), std::io::pipe().unwrap().1.into());
