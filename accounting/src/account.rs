@@ -89,7 +89,7 @@ impl Account {
         let split = Split::new(if vtime_cpu { Source::Vtime } else { Source::Oncpu });
         let baseline = probes.read().map_err(probe)?;
         let opened = Instant::now();
-        let (writer, reader) = vtime(opened.ticks);
+        let (writer, reader) = vtime(opened.ticks, baseline.sched_ns);
         let account = Self {
             index: open.index,
             tid,
@@ -178,6 +178,12 @@ impl Account {
         let slice = now.ticks.saturating_sub(snapshot.stamp);
         let running = |state| if snapshot.state == state { slice } else { 0 };
         let base = &self.baseline;
+        // What a pause cost the thread is not the guest's, nor the kernel's share of running it.
+        let this_pause = match snapshot.state {
+            State::Paused => raw.sched_ns.saturating_sub(snapshot.pause_began_cpu_ns),
+            State::Inactive | State::Vmm | State::Guest => 0,
+        };
+        let paused_cpu_ns = snapshot.paused_cpu_ns + this_pause;
         let kvm = |pick: fn(&crate::probe::KvmCounters) -> Option<u64>| {
             let value = |raw: &Raw| raw.kvm.as_ref().and_then(pick).unwrap_or(0);
             value(raw).saturating_sub(value(base))
@@ -188,12 +194,12 @@ impl Account {
             vmm_ns: scale.to_ns(snapshot.vmm + running(State::Vmm)),
             state: snapshot.state,
             slice_ns: scale.to_ns(if snapshot.state == State::Inactive { 0 } else { slice }),
-            sched_ns: raw.sched_ns.saturating_sub(base.sched_ns),
+            sched_ns: raw.sched_ns.saturating_sub(base.sched_ns).saturating_sub(paused_cpu_ns),
             sched_age_ns: scale.to_ns(now.ticks.saturating_sub(raw.sched_read_at)),
             on_cpu: raw.on_cpu,
             runnable: raw.stat.state == b'R',
             virt_ns: raw.virt_ns.saturating_sub(base.virt_ns),
-            prof_ns: raw.prof_ns.saturating_sub(base.prof_ns),
+            prof_ns: raw.prof_ns.saturating_sub(base.prof_ns).saturating_sub(paused_cpu_ns),
             stat_guest_ns: (raw.stat.guest_time_clk.saturating_sub(base.stat.guest_time_clk))
                 .saturating_mul(self.stat_unit_ns),
             stat_unit_ns: self.stat_unit_ns,

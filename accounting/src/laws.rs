@@ -160,7 +160,8 @@ mod tests {
 
     #[test]
     fn each_broken_promise_is_named() {
-        let spoilers: [(fn(&mut Reading), &str); 7] = [
+        type Spoil = fn(&mut Reading);
+        let spoilers: [(Spoil, &str); 7] = [
             (
                 |r| r.modes.halted_ns += 1,
                 "the modes sum to 101 ns, not to the elapsed 100 ns",

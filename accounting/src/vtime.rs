@@ -141,6 +141,10 @@ pub struct Snapshot {
     pub vmm: u64,
     /// Ticks paused.
     pub paused: u64,
+    /// CPU time of the thread within the pauses that have ended, in nanoseconds: going to sleep and waking up.
+    pub paused_cpu_ns: u64,
+    /// CPU time of the thread when the current pause, or the last, began, in nanoseconds.
+    pub pause_began_cpu_ns: u64,
     /// By [`ExitReason`]'s discriminant.
     pub exits: [ExitTicks; ExitReason::COUNT],
 }
@@ -161,6 +165,8 @@ struct Slot {
     guest: AtomicU64,
     vmm: AtomicU64,
     paused: AtomicU64,
+    paused_cpu_ns: AtomicU64,
+    pause_began_cpu_ns: AtomicU64,
     exits: [ExitWords; ExitReason::COUNT],
 }
 
@@ -176,14 +182,15 @@ impl Latch {
     }
 }
 
-/// Makes a writer and its reader, in state `Paused` since `now` (TSC ticks).
+/// Makes a writer and its reader, in state `Paused` since `now` (TSC ticks), when the thread had used `cpu_ns` of CPU time.
 #[must_use]
-pub fn vtime(now: u64) -> (VtimeWriter, VtimeReader) {
+pub fn vtime(now: u64, cpu_ns: u64) -> (VtimeWriter, VtimeReader) {
     let latch = Arc::new(Latch::default());
     let mut writer = VtimeWriter {
         latch: Arc::clone(&latch),
         totals: Snapshot {
             stamp: now,
+            pause_began_cpu_ns: cpu_ns,
             ..Snapshot::default()
         },
         handled: None,
@@ -220,13 +227,17 @@ impl VtimeWriter {
         self.turn_at(clock::ticks(), State::Vmm, None);
     }
 
-    /// VMM -> paused. `handled` is the exit just handled, if one was.
+    /// VMM -> paused. `handled` is the exit just handled, if one was. Not on the exit path: reads the thread's CPU clock, so
+    /// that what going to sleep and waking up will cost is not taken for the guest's.
     pub fn pause(&mut self, handled: Option<ExitReason>) {
+        self.totals.pause_began_cpu_ns = clock::thread_cpu_ns();
         self.turn_at(clock::ticks(), State::Paused, handled);
     }
 
-    /// Paused -> VMM.
+    /// Paused -> VMM. Not on the exit path, as [`VtimeWriter::pause`].
     pub fn resume(&mut self) {
+        let within = clock::thread_cpu_ns().saturating_sub(self.totals.pause_began_cpu_ns);
+        self.totals.paused_cpu_ns += within;
         self.turn_at(clock::ticks(), State::Vmm, None);
     }
 
@@ -264,6 +275,8 @@ impl VtimeWriter {
         slot.guest.store(t.guest, Ordering::Relaxed);
         slot.vmm.store(t.vmm, Ordering::Relaxed);
         slot.paused.store(t.paused, Ordering::Relaxed);
+        slot.paused_cpu_ns.store(t.paused_cpu_ns, Ordering::Relaxed);
+        slot.pause_began_cpu_ns.store(t.pause_began_cpu_ns, Ordering::Relaxed);
         // This slot was last filled two transitions ago: of the exits, only what the last and this one counted differs.
         for reason in [self.handled, handled].into_iter().flatten() {
             let (words, exit) = (&slot.exits[reason as usize], &t.exits[reason as usize]);
@@ -303,6 +316,8 @@ impl VtimeReader {
             guest: slot.guest.load(Ordering::Relaxed),
             vmm: slot.vmm.load(Ordering::Relaxed),
             paused: slot.paused.load(Ordering::Relaxed),
+            paused_cpu_ns: slot.paused_cpu_ns.load(Ordering::Relaxed),
+            pause_began_cpu_ns: slot.pause_began_cpu_ns.load(Ordering::Relaxed),
             ..Snapshot::default()
         };
         for (exit, words) in snapshot.exits.iter_mut().zip(&slot.exits) {
@@ -330,7 +345,7 @@ mod tests {
 
     #[test]
     fn a_slice_goes_to_the_state_that_is_left() {
-        let (mut writer, reader) = vtime(100);
+        let (mut writer, reader) = vtime(100, 0);
         step(&mut writer, 110, State::Vmm, None);
         step(&mut writer, 113, State::Guest, None);
         step(&mut writer, 163, State::Vmm, None);
@@ -345,7 +360,7 @@ mod tests {
 
     #[test]
     fn a_clock_that_steps_back_costs_nothing_and_loses_nothing() {
-        let (mut writer, reader) = vtime(100);
+        let (mut writer, reader) = vtime(100, 0);
         step(&mut writer, 90, State::Vmm, None);
         step(&mut writer, 200, State::Guest, None);
         let s = reader.snapshot().expect("nobody writes");
@@ -361,7 +376,7 @@ mod tests {
         fn what_is_read_is_what_was_written_after_every_transition(
             steps in proptest::collection::vec((0u64..1_000, 0u64..4, any_reason()), 1..60),
         ) {
-            let (mut writer, reader) = vtime(0);
+            let (mut writer, reader) = vtime(0, 0);
             let mut now = 0;
             for (slice, to, handled) in steps {
                 now += slice;
@@ -373,7 +388,7 @@ mod tests {
 
     #[test]
     fn no_reader_sees_half_a_stamp() {
-        let (mut writer, reader) = vtime(0);
+        let (mut writer, reader) = vtime(0, 0);
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let readers: Vec<_> = (0..2)
