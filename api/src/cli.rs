@@ -3,11 +3,10 @@
 //! Without a command it is Firecracker's, flag for flag as its clients spawn it. Flags of Firecracker that only inform, or
 //! that choose what we always do, are accepted and have no effect; flags whose loss would matter are refused.
 
-use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 use vmm::config::{MAX_VCPUS, Pinning};
 
@@ -261,9 +260,8 @@ fn pinning(text: &str) -> Result<Pinning, String> {
 ///
 /// # Errors
 /// The exit status, once help, the version, or the one line that says what is wrong has been printed.
-pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, u8> {
-    let arguments: Vec<OsString> = arguments.into_iter().collect();
-    Cli::try_parse_from(&arguments).map_err(|error| {
+pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, u8> {
+    Cli::try_parse_from(arguments).map_err(|error| {
         use clap::error::ErrorKind::{DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion};
         match error.kind() {
             DisplayHelp | DisplayVersion | DisplayHelpOnMissingArgumentOrSubcommand => {
@@ -272,7 +270,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, u8> {
                 if error.use_stderr() { exit::USAGE } else { 0 }
             }
             _ => {
-                exit::say(&format!("{}; see {} --help", one_line(&error), command(&arguments)));
+                exit::say(&one_line(&error));
                 exit::USAGE
             }
         }
@@ -288,19 +286,10 @@ fn one_line(error: &clap::Error) -> String {
         .map(str::trim)
         .collect();
     let line = paragraph.join(" ");
-    line.strip_prefix("error: ").unwrap_or(&line).to_owned()
-}
-
-/// What to ask for help: the command that was meant, if it is one.
-fn command(arguments: &[OsString]) -> String {
-    let first = arguments
-        .get(1)
-        .and_then(|argument| argument.to_str())
-        .unwrap_or_default();
-    match Cli::command().find_subcommand(first) {
-        Some(command) => format!("chronovisor {}", command.get_name()),
-        None => "chronovisor".to_owned(),
-    }
+    format!(
+        "{}; see chronovisor --help",
+        line.strip_prefix("error: ").unwrap_or(&line)
+    )
 }
 
 #[cfg(test)]

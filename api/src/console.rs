@@ -71,8 +71,6 @@ pub struct Typing {
 /// No pipe could be made, or standard output is closed.
 pub fn open() -> io::Result<(Typing, vmm::Console)> {
     let (input, typed) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
-    // Only the VMM's end: it also looks for input where there may be none.
-    rustix::io::ioctl_fionbio(&input, true)?;
     let output = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?;
     Ok((
         Typing {
@@ -228,15 +226,5 @@ mod tests {
         for (keys, passed, others) in table {
             assert_eq!(filter(keys), (passed.to_vec(), others.to_vec()), "{keys:?}");
         }
-    }
-
-    #[test]
-    fn the_vmm_never_waits_for_somebody_to_type() {
-        let (_typing, console) = open().unwrap();
-        let vmm::Console::Files { input: Some(input), .. } = console else {
-            panic!("no input")
-        };
-        let error = File::from(input).read(&mut [0]).expect_err("nobody has typed");
-        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }
 }
