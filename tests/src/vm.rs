@@ -268,10 +268,13 @@ pub fn debian_arguments(what: &str) -> Vec<String> {
     .into()
 }
 
+/// What came so far, and whether that is all.
+type Text = (Mutex<(Vec<u8>, bool)>, Condvar);
+
 /// A stream gathered by a thread.
 #[derive(Debug)]
 struct Gathered {
-    text: Arc<(Mutex<(Vec<u8>, bool)>, Condvar)>,
+    text: Arc<Text>,
     thread: Option<JoinHandle<()>>,
 }
 
