@@ -36,7 +36,7 @@ const BEDS: [Bed; 3] = [Bed::Anywhere, Bed::Kvm, Bed::NohzFull];
 const HARNESS: [&str; 2] = ["--test-threads=1", "--show-output"];
 /// A run takes minutes; in this time a hung one is given up.
 const NOHZ_FULL_LIMIT: Duration = Duration::from_secs(900);
-/// Tells the test programs' outputs in the emulated host apart: no test prints a line that starts with NUL's neighbour.
+/// Starts the line that ends a test program's output in the emulated host, its exit status behind it. No test prints it.
 const MARK: char = '\x01';
 
 impl Bed {
@@ -102,7 +102,7 @@ fn report(tallies: Vec<(Bed, Tally)>) -> bool {
             bed.name()
         );
         for (test, why) in &tally.skipped {
-            println!("  skipped {test}: {}", why.lines().next().unwrap_or_default());
+            println!("  skipped {test}: {}", why.replace('\n', " "));
         }
         for test in &tally.failed {
             println!("  FAILED {test}");
