@@ -273,7 +273,7 @@ fn the_api_refuses_bad_requests_one_by_one_and_goes_on_serving() {
     let mut large = UnixStream::connect(&socket).expect("it listens");
     write!(
         large,
-        "PUT /boot-source HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
+        "PUT /boot-source HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
         10 << 20
     )
     .expect("it listens");
