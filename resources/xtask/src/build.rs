@@ -64,25 +64,36 @@ struct Profile {
 
 /// The guest's init.
 pub fn guest_init(layout: &Layout) -> Result<PathBuf> {
-    program(&cargo_build(layout, &["--package=guest-init"])?, "guest-init")
+    program(&cargo_build(layout, PROFILE, &["--package=guest-init"])?, "guest-init")
 }
 
 /// The `chronovisor` program.
 pub fn chronovisor(layout: &Layout) -> Result<PathBuf> {
     into_bed(
         layout,
-        program(&cargo_build(layout, &["--package=api", "--bins"])?, "chronovisor")?,
+        program(
+            &cargo_build(layout, PROFILE, &["--package=api", "--bins"])?,
+            "chronovisor",
+        )?,
     )
 }
 
 /// The `chronovisor` program and all tests, in one build: cargo then compiles each dependency once.
 pub fn everything(layout: &Layout) -> Result<Built> {
-    let messages = cargo_build(layout, &["--workspace", "--bins", "--tests"])?;
+    let messages = cargo_build(layout, PROFILE, &["--workspace", "--bins", "--tests"])?;
     let tests = messages.iter().filter_map(test_program).collect();
     Ok(Built {
         chronovisor: into_bed(layout, program(&messages, "chronovisor")?)?,
         tests,
     })
+}
+
+/// What measures, optimised as what is shipped is.
+pub fn bench(layout: &Layout) -> Result<PathBuf> {
+    program(
+        &cargo_build(layout, "release", &["--package=tests", "--bin=bench"])?,
+        "bench",
+    )
 }
 
 /// `cargo test --doc`, built as the rest is.
@@ -149,10 +160,10 @@ fn program(messages: &[Message], name: &str) -> Result<PathBuf> {
         .with_context(|| format!("cargo does not say where {name} is"))
 }
 
-fn cargo_build(layout: &Layout, args: &[&str]) -> Result<Vec<Message>> {
+fn cargo_build(layout: &Layout, profile: &str, args: &[&str]) -> Result<Vec<Message>> {
     let mut command = base(layout);
     command
-        .args(["build", "--target", TARGET, "--profile", PROFILE])
+        .args(["build", "--target", TARGET, "--profile", profile])
         .args(args);
     command.arg("--message-format=json-render-diagnostics");
     if !stderr().is_terminal() {

@@ -4,6 +4,7 @@
 //! Debian packages that it installs as root.
 
 mod bed;
+mod bench;
 mod build;
 mod cpio;
 mod debian;
@@ -56,6 +57,10 @@ enum Task {
         /// Tests whose names contain this only
         filter: Option<String>,
     },
+    /// Measure what stamps, snapshots and readings cost, as ratios
+    ///
+    /// Prints a table and writes it to bench.json in the target directory. A row over its limit says so.
+    Bench,
     /// Open a shell in the emulated host, where CPUs 1 and 2 are tickless
     ///
     /// The chronovisor program and the Debian guest are in /bed, the test programs in /tests. Leave with exit,
@@ -89,6 +94,7 @@ fn run(task: Task) -> Result<bool> {
         }
         Task::Demo => demo::demo(&layout).map(|()| true),
         Task::Test { bed, filter } => testing::test(&layout, bed, filter.as_deref()),
+        Task::Bench => bench::bench(&layout).map(|()| true),
         Task::Host => host(&layout),
         Task::Lint => lint(&layout),
     }
