@@ -7,8 +7,16 @@
 //!
 //! Because an increment is asked for as raw total - *published* total, not as the raw totals' own growth, what one
 //! reading misplaced is asked back by the next: the published totals converge on the raw ones, and errors never add up.
+//!
+//! Some raw totals are exact: `paused` always, `guest` where it was stamped. Those are granted first, in full; only
+//! the others make room for one another. An estimate that must be taken back is never taken out of an exact figure.
 
-use crate::reading::{Bounds, Modes};
+use crate::reading::{Bounds, Mode, Modes};
+
+/// The modes whose raw totals are exact, whatever the source.
+pub const EXACT: &[Mode] = &[Mode::Paused];
+/// Those of a source that stamps guest time.
+pub const EXACT_WITH_GUEST: &[Mode] = &[Mode::Paused, Mode::Guest];
 
 /// The published totals of one vCPU.
 #[derive(Clone, Debug, Default)]
@@ -20,15 +28,16 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Publishes the totals nearest to `raw`, which sums to `elapsed_ns`.
-    pub fn publish(&mut self, elapsed_ns: u64, raw: Modes) -> Modes {
+    /// Publishes the totals nearest to `raw`, which sums to `elapsed_ns`; those of the modes in `exact` first.
+    pub fn publish(&mut self, elapsed_ns: u64, raw: Modes, exact: &[Mode]) -> Modes {
         debug_assert_eq!(raw.sum_ns(), elapsed_ns, "the split sums to the elapsed time");
         let grown = elapsed_ns.saturating_sub(self.elapsed_ns);
         let mut asked = [0; Modes::COUNT];
         for ((asked, raw), published) in asked.iter_mut().zip(raw.to_array()).zip(self.modes) {
             *asked = i128::from(raw) - i128::from(published);
         }
-        for (published, granted) in self.modes.iter_mut().zip(nearest(asked, grown)) {
+        let is_exact = Modes::ALL.map(|mode| exact.contains(&mode));
+        for (published, granted) in self.modes.iter_mut().zip(exact_first(asked, is_exact, grown)) {
             *published += granted;
         }
         self.elapsed_ns += grown;
@@ -55,13 +64,30 @@ impl Ledger {
     }
 }
 
+/// Non-negative integers that sum to `sum`: what the exact ones ask for, and of what is left the nearest to what the
+/// others ask for. Should the exact ones ask for more than there is, they share it and the others get nothing.
+fn exact_first<const N: usize>(asked: [i128; N], is_exact: [bool; N], sum: u64) -> [u64; N] {
+    let wants = |i: usize| u64::try_from(asked[i].max(0)).unwrap_or(u64::MAX);
+    let first = (0..N)
+        .filter(|&i| is_exact[i])
+        .fold(0u64, |first, i| first.saturating_add(wants(i)));
+    let others = is_exact.contains(&false);
+    if first > sum || !others {
+        return nearest(asked, is_exact, sum);
+    }
+    let mut granted = nearest(asked, is_exact.map(|exact| !exact), sum - first);
+    for i in (0..N).filter(|&i| is_exact[i]) {
+        granted[i] = wants(i);
+    }
+    granted
+}
+
 /// The non-negative integers nearest to `asked`, in the Euclidean sense, that sum to `sum`: the projection onto a
 /// simplex (Michelot, "A finite algorithm for finding the projection of a point onto the canonical simplex of R^n",
 /// 1986). All that remain positive give up the same, and what cannot give it is 0 and drops out; each round drops at
 /// least one, so there are at most as many rounds as entries. A mode that asks for nothing is granted nothing as long
-/// as the rest ask for at least `sum`.
-fn nearest<const N: usize>(asked: [i128; N], sum: u64) -> [u64; N] {
-    let mut takes_part = [true; N];
+/// as the rest ask for at least `sum`. Who does not take part, at least one does, is granted nothing.
+fn nearest<const N: usize>(asked: [i128; N], mut takes_part: [bool; N], sum: u64) -> [u64; N] {
     loop {
         let part = || asked.iter().zip(takes_part).filter(|(_, t)| *t).map(|(&a, _)| a);
         // At least one takes part: not all can be below their own mean, and excess / n <= mean as sum >= 0.
@@ -129,7 +155,7 @@ mod tests {
             let (mut elapsed, mut last) = (0, Modes::default());
             for (grown, at) in history {
                 elapsed += grown;
-                let modes = ledger.publish(elapsed, cut(elapsed, at));
+                let modes = ledger.publish(elapsed, cut(elapsed, at), EXACT);
                 prop_assert_eq!(modes.sum_ns(), elapsed);
                 for (new, old) in modes.to_array().into_iter().zip(last.to_array()) {
                     prop_assert!(new >= old);
@@ -141,7 +167,7 @@ mod tests {
         #[test]
         fn increments_are_the_nearest_there_are(asked in any::<[i8; 3]>(), sum in 0u64..60) {
             let asked = asked.map(i128::from);
-            let ours = nearest(asked, sum);
+            let ours = nearest(asked, [true; 3], sum);
             prop_assert_eq!(ours.iter().sum::<u64>(), sum);
             // Every other way to share the sum out is at least as far.
             for a in 0..=sum {
@@ -157,11 +183,11 @@ mod tests {
             first in any::<[u64; 6]>(), truth in any::<[u64; 6]>(), elapsed in 0u64..1 << 40,
         ) {
             let mut ledger = Ledger::default();
-            ledger.publish(elapsed, cut(elapsed, first));
+            ledger.publish(elapsed, cut(elapsed, first), EXACT);
             // From here on the raw totals are right, and every mode grows by all that could have been misplaced.
             let right = cut(elapsed, truth).to_array().map(|m| m + elapsed);
             let later = Modes::from_array(right);
-            prop_assert_eq!(ledger.publish(later.sum_ns(), later), later);
+            prop_assert_eq!(ledger.publish(later.sum_ns(), later, EXACT), later);
         }
 
         #[test]
@@ -172,7 +198,7 @@ mod tests {
             let (mut elapsed, mut last) = (0, Bounds { lower: 0, upper: 0 });
             for (grown, at, [below, above]) in history {
                 elapsed += grown;
-                let guest = ledger.publish(elapsed, cut(elapsed, at)).guest_ns;
+                let guest = ledger.publish(elapsed, cut(elapsed, at), EXACT).guest_ns;
                 let raw = Bounds {
                     lower: guest.saturating_sub(u64::from(below)),
                     upper: guest + u64::from(above),
@@ -194,6 +220,7 @@ mod tests {
                 guest_ns: 100,
                 ..Modes::default()
             },
+            EXACT,
         );
         let back = Modes {
             guest_ns: 90,
@@ -201,12 +228,53 @@ mod tests {
             ..Modes::default()
         };
         assert_eq!(
-            ledger.publish(110, back),
+            ledger.publish(110, back, EXACT),
             Modes {
                 guest_ns: 100,
                 host_user_ns: 10,
                 ..Modes::default()
             }
         );
+    }
+    #[test]
+    fn an_estimate_that_is_taken_back_is_not_taken_out_of_an_exact_figure() {
+        let mut ledger = Ledger::default();
+        let first = Modes {
+            guest_ns: 60,
+            host_kernel_ns: 40,
+            ..Modes::default()
+        };
+        ledger.publish(100, first, EXACT_WITH_GUEST);
+        // 30 of the kernel's 40 turn out to be the VMM's, and the guest has run for 10 more.
+        let second = Modes {
+            guest_ns: 70,
+            host_user_ns: 30,
+            host_kernel_ns: 10,
+            ..Modes::default()
+        };
+        let published = ledger.publish(110, second, EXACT_WITH_GUEST);
+        assert_eq!(
+            (published.guest_ns, published.host_user_ns, published.host_kernel_ns),
+            (70, 0, 40)
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn an_exact_total_that_does_not_step_back_is_published_as_it_is(
+            history in proptest::collection::vec((0u64..1 << 40, 0u64..=100, any::<[u64; 6]>()), 1..40),
+        ) {
+            let mut ledger = Ledger::default();
+            let (mut elapsed, mut guest) = (0, 0);
+            for (grown, per_cent, at) in history {
+                elapsed += grown;
+                guest += grown / 100 * per_cent;
+                let mut raw = cut(elapsed - guest, at);
+                // All else is made of estimates.
+                (raw.blocked_ns, raw.paused_ns, raw.guest_ns) = (raw.blocked_ns + raw.paused_ns + raw.guest_ns, 0, guest);
+                let published = ledger.publish(elapsed, raw, EXACT_WITH_GUEST);
+                prop_assert_eq!((published.guest_ns, published.sum_ns()), (guest, elapsed));
+            }
+        }
     }
 }

@@ -47,5 +47,5 @@ pub mod reading;
 pub mod split;
 pub mod vtime;
 
-pub use account::{Account, Open, OpenError};
+pub use account::{Account, Explained, GtimeSource, Open, OpenError};
 pub use reading::Reading;

@@ -97,6 +97,17 @@ impl Modes {
     /// How many modes there are.
     pub const COUNT: usize = 7;
 
+    /// All of them, in the order of [`Modes::to_array`].
+    pub const ALL: [Mode; Self::COUNT] = [
+        Mode::Guest,
+        Mode::HostUser,
+        Mode::HostKernel,
+        Mode::Halted,
+        Mode::Waiting,
+        Mode::Blocked,
+        Mode::Paused,
+    ];
+
     /// The figures in the order of [`Mode`]'s variants.
     #[must_use]
     pub const fn to_array(self) -> [u64; Self::COUNT] {
@@ -150,14 +161,31 @@ pub struct Bounds {
     pub upper: u64,
 }
 
-/// What the guest time was derived from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What the guest time was derived from; the most exact first. See [`crate::split::claims`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
+    /// Stamps at KVM's own tracepoints, taken by a BPF program.
+    Bpf,
     /// The kernel's own full-dynticks accounting: the vCPU is pinned to a `nohz_full` CPU.
     Vtime,
     /// On-CPU time inside `KVM_RUN`: any host.
     Oncpu,
+}
+
+impl Source {
+    /// All of them, the most exact first.
+    pub const ALL: [Self; 3] = [Self::Bpf, Self::Vtime, Self::Oncpu];
+
+    /// Its name in a reading.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Bpf => "bpf",
+            Self::Vtime => "vtime",
+            Self::Oncpu => "oncpu",
+        }
+    }
 }
 
 /// Completed exits from `KVM_RUN`: those whose handling has ended.

@@ -2,7 +2,7 @@
 //!
 //! The trait is the seam at which the REST surface is tested without KVM.
 
-use accounting::Reading;
+use accounting::{Explained, Reading};
 use vmm::{Action, ActionError, Reply, VmmHandle};
 
 /// Called with the answer to an action, on the VMM thread: it must not block.
@@ -19,6 +19,9 @@ pub trait Backend: Send + Sync + 'static {
     /// A reading of vCPU `index`, the running slice included; `None` where there is no such vCPU. Takes about as long as
     /// a few system calls, and never enters the VMM thread.
     fn read(&self, index: usize) -> Option<Reading>;
+
+    /// As [`Backend::read`], and what the reading was made of. `None` too where nothing more can be said of the vCPU.
+    fn explain(&self, index: usize) -> Option<Explained>;
 }
 
 impl Backend for VmmHandle {
@@ -33,6 +36,10 @@ impl Backend for VmmHandle {
     fn read(&self, index: usize) -> Option<Reading> {
         Some(self.accounts().get()?.get(index)?.read())
     }
+
+    fn explain(&self, index: usize) -> Option<Explained> {
+        self.accounts().get()?.get(index)?.explain()
+    }
 }
 
 /// A microVM of thin air: it knows in which state what is legal, keeps what it is told, and answers at once.
@@ -40,6 +47,7 @@ impl Backend for VmmHandle {
 pub(crate) mod fake {
     use std::sync::Mutex;
 
+    use accounting::account::{Explanation, ProbeValues, SourceClaim};
     use accounting::reading::{Bounds, Exits, HostCpu, Mode, Modes, Pending, Source, VcpuState};
     use vmm::config::{HugePages, MachineConfig, VmConfig};
     use vmm::{Info, RunState};
@@ -166,6 +174,34 @@ pub(crate) mod fake {
 
         fn read(&self, index: usize) -> Option<Reading> {
             (index < self.vcpus()).then(|| reading(u32::try_from(index).unwrap()))
+        }
+
+        fn explain(&self, index: usize) -> Option<Explained> {
+            let probes = ProbeValues {
+                sched_ns: 4_960_000_000,
+                virt_ns: None,
+                prof_ns: None,
+                stat_guest_time_clk: 489,
+                stat_processor: 3,
+                run_delay_ns: 0,
+                halt_wait_ns: Some(40_000_000),
+                halt_poll_ns: Some(0),
+                blocking: Some(false),
+            };
+            let claim = SourceClaim {
+                source: Source::Vtime,
+                gtime_ns: None,
+                gtime_bounds_ns: None,
+                unavailable: Some("the vCPU is not pinned to one host CPU".to_owned()),
+            };
+            Some(Explained {
+                reading: self.read(index)?,
+                explain: Explanation {
+                    sources: vec![claim],
+                    probes,
+                    probes_at_first_stamp: probes,
+                },
+            })
         }
     }
 }

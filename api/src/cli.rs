@@ -6,6 +6,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use accounting::GtimeSource;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 use vmm::config::{MAX_VCPUS, Pinning};
@@ -70,6 +71,9 @@ pub struct Serve {
     /// Run without a seccomp filter (always so, for now)
     #[arg(long)]
     pub no_seccomp: bool,
+    /// Where guest time comes from.
+    #[command(flatten)]
+    pub gtime: Gtime,
     /// The log.
     #[command(flatten)]
     pub log: Log,
@@ -110,6 +114,16 @@ impl Ignored {
         ];
         flags.into_iter().filter_map(|(given, flag)| given.then_some(flag))
     }
+}
+
+/// Where guest time comes from.
+#[derive(Args, Debug)]
+pub struct Gtime {
+    /// What guest time is derived from: "bpf" (stamps at KVM's tracepoints, by a BPF program: exact; needs root, costs some
+    /// 0.2 us an exit), "vtime" (the kernel's own, on a nohz_full CPU: to 14 ms), "oncpu" (any host) or "auto", the first
+    /// of them that this host has. One that it lacks gives way to the next, and each reading names its own
+    #[arg(long = "gtime-source", value_name = "SOURCE", default_value = "auto")]
+    pub source: GtimeSource,
 }
 
 /// The log's flags.
@@ -153,6 +167,9 @@ pub struct Run {
     /// Name of the microVM: 1 to 64 letters, digits and hyphens
     #[arg(long, default_value = "anonymous-instance", value_parser = id)]
     pub id: String,
+    /// Where guest time comes from.
+    #[command(flatten)]
+    pub gtime: Gtime,
     /// The log.
     #[command(flatten)]
     pub log: Log,

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use accounting::GtimeSource;
 use anyhow::{Context, Result};
 use vmm::config::{BootSource, HugePages, MachineConfig};
 use vmm::{Action, Options, Vmm, VmmHandle};
@@ -28,6 +29,7 @@ struct Plan {
     limits: Limits,
     /// What to configure, and then to start at once; `None`: the API's clients do both.
     configure: Option<Vec<Action>>,
+    gtime_source: GtimeSource,
     on_reboot: OnReboot,
 }
 
@@ -59,6 +61,7 @@ pub fn run(args: Run) -> Result<u8> {
             Action::PutBootSource(boot),
             Action::SetPinning(args.pin),
         ]),
+        gtime_source: args.gtime.source,
         on_reboot: OnReboot::Report,
     })
 }
@@ -94,6 +97,7 @@ pub fn serve(args: Serve) -> Result<u8> {
             ..Limits::default()
         },
         configure,
+        gtime_source: args.gtime.source,
         on_reboot: OnReboot::Succeed,
     })
 }
@@ -103,7 +107,12 @@ fn launch(plan: Plan) -> Result<u8> {
     let (unix, socket_file) = plan.unix.as_deref().map(socket::bind).transpose()?.unzip();
     let tcp = plan.tcp.map(socket::bind_tcp).transpose()?;
     let (typing, console) = console::open().context("the guest's console cannot be opened")?;
-    let (vmm, handle) = Vmm::spawn(Options { id: plan.id, console }).context("the VMM's thread cannot be started")?;
+    let options = Options {
+        id: plan.id,
+        console,
+        gtime_source: plan.gtime_source,
+    };
+    let (vmm, handle) = Vmm::spawn(options).context("the VMM's thread cannot be started")?;
     let session = Arc::new(Session {
         handle: handle.clone(),
         typing: Mutex::new(Some(typing)),

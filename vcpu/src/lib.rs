@@ -34,6 +34,7 @@ mod thread;
 
 use std::sync::Arc;
 
+use accounting::GtimeSource;
 use accounting::host::HostCpus;
 
 pub use thread::Vcpu;
@@ -99,6 +100,8 @@ pub struct VcpuConfig {
     pub pin: Option<u32>,
     /// The host's CPUs.
     pub host: Arc<HostCpus>,
+    /// What guest time is to be derived from.
+    pub gtime_source: GtimeSource,
 }
 
 /// Why a vCPU could not be made.

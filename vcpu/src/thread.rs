@@ -120,7 +120,12 @@ impl Drop for Vcpu {
 /// What the thread does before anything counts: pinned first, since the account's baselines are those of the CPU it
 /// will run on.
 fn open(config: VcpuConfig, fd: &VcpuFd) -> Result<(VtimeWriter, Arc<Account>), VcpuError> {
-    let VcpuConfig { index, pin, host } = config;
+    let VcpuConfig {
+        index,
+        pin,
+        host,
+        gtime_source,
+    } = config;
     if let Some(cpu) = pin {
         pin_to(cpu).map_err(|source| VcpuError::Pin { index, cpu, source })?;
     }
@@ -132,6 +137,7 @@ fn open(config: VcpuConfig, fd: &VcpuFd) -> Result<(VtimeWriter, Arc<Account>), 
         kvm_stats,
         pinned: pin,
         host,
+        gtime_source,
     })
     .map_err(|source| VcpuError::Account { index, source })
 }

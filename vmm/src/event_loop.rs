@@ -30,7 +30,11 @@ pub(crate) struct Inbox {
 
 /// Starts the thread. Everything that can fail is done before this returns.
 pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::Result<JoinHandle<End>> {
-    let Options { id, console } = options;
+    let Options {
+        id,
+        console,
+        gtime_source,
+    } = options;
     let ring = Arc::new(OutputRing::new()?);
     let serial = Arc::new(SerialPort::new(Arc::clone(&ring))?);
     let console = ConsoleIo::new(console, Arc::clone(&ring), Arc::clone(&serial))?;
@@ -39,6 +43,7 @@ pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::
     let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
     let around = Surroundings {
         cpus,
+        gtime_source,
         ring,
         serial,
         events,

@@ -38,6 +38,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use accounting::GtimeSource;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use action::{Accounts, Action, ActionError, Info, Reply, RunState};
@@ -66,6 +67,8 @@ pub struct Options {
     pub id: String,
     /// The guest's serial console.
     pub console: Console,
+    /// What guest time is to be derived from.
+    pub gtime_source: GtimeSource,
 }
 
 /// What the VMM thread publishes for any thread to read.

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use accounting::Account;
 use accounting::host::{CpuSet, HostCpus, run_on};
+use accounting::{Account, GtimeSource};
 use kvm_ioctls::{Kvm, VmFd};
 use vcpu::pin::{self, PinError};
 use vcpu::setup::{self, SetupError, Topology};
@@ -92,6 +92,8 @@ pub struct Plan {
 pub struct Surroundings {
     /// The host's CPUs, read before any thread of ours was confined to some of them.
     pub cpus: Arc<HostCpus>,
+    /// What the vCPUs' guest time is to be derived from.
+    pub gtime_source: GtimeSource,
     /// Where output goes.
     pub ring: Arc<OutputRing>,
     /// COM1.
@@ -175,6 +177,7 @@ impl Machine {
                         index,
                         pin,
                         host: Arc::clone(cpus),
+                        gtime_source: around.gtime_source,
                     },
                     fd,
                     Arc::clone(&bus),

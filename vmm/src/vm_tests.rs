@@ -4,6 +4,7 @@
 use super::*;
 use crate::config::{BootSource, MachineConfig, Pinning};
 use crate::testing::{TempFile, elf, elf_with_pvh_note};
+use accounting::GtimeSource;
 use std::io::Read;
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,7 @@ fn start(code: &[u8], vcpus: u8) -> Option<Run> {
     let (vmm, handle) = Vmm::spawn(Options {
         id: "test".into(),
         console,
+        gtime_source: GtimeSource::Auto,
     })
     .unwrap();
     let ask = |action| assert_eq!(handle.request(action).unwrap(), Reply::Done);
@@ -149,6 +151,7 @@ fn a_failed_start_can_be_mended() {
     let (vmm, handle) = Vmm::spawn(Options {
         id: "test".into(),
         console: Console::None,
+        gtime_source: GtimeSource::Auto,
     })
     .unwrap();
     let put = |kernel: &TempFile| {
@@ -175,6 +178,7 @@ fn a_request_after_the_end_is_answered_not_lost() {
     let (vmm, handle) = Vmm::spawn(Options {
         id: "test".into(),
         console: Console::None,
+        gtime_source: GtimeSource::Auto,
     })
     .unwrap();
     assert!(matches!(handle.request(Action::Stop), Ok(Reply::Done)));
@@ -194,6 +198,7 @@ fn a_software_backend_refuses_an_operating_system_at_once() {
     let (vmm, handle) = Vmm::spawn(Options {
         id: "test".into(),
         console: Console::None,
+        gtime_source: GtimeSource::Auto,
     })
     .unwrap();
     let kernel = TempFile::new(&elf_with_pvh_note(ADDRESS, 0x20_0000));

@@ -23,25 +23,39 @@ pub use kvm_stats::{KvmCounters, KvmStats};
 pub use proc::{ParseError, Stat, parse_schedstat, parse_stat};
 pub use thread_clock::{ThreadClock, Which};
 
-/// All the kernel says of a thread, read one after the other.
+use crate::clock;
+use crate::host::tick_ns;
+
+/// What the kernel says of a thread, read one probe after the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Raw {
+    /// Time on a CPU before anything else was read, in nanoseconds.
+    pub sched_before_ns: u64,
     /// Time on a CPU, in nanoseconds; read last.
     pub sched_ns: u64,
     /// When it was read, in TSC ticks.
     pub sched_read_at: u64,
-    /// Whether `sched_ns` grew while the other probes were read: the thread is on a CPU now.
+    /// Whether it grew while the other probes were read: the thread is on a CPU now.
     pub on_cpu: bool,
-    /// utime, guest included, in nanoseconds.
-    pub virt_ns: u64,
-    /// utime + stime, in nanoseconds.
-    pub prof_ns: u64,
-    /// `/proc/self/task/T/stat`.
+    /// utime and utime + stime; `None` where they were not asked for.
+    pub utime: Option<Utime>,
+    /// `/proc/self/task/T/stat`, of this reading or of an earlier one.
     pub stat: Stat,
+    /// Time on a CPU right before `stat` was read, in nanoseconds.
+    pub stat_sched_ns: u64,
     /// Time runnable but off the CPU, in nanoseconds, the wait still going on excluded; 0 without `CONFIG_SCHED_INFO`.
     pub run_delay_ns: u64,
     /// KVM's statistics; `None` where KVM has none.
     pub kvm: Option<KvmCounters>,
+}
+
+/// The kernel's division of a thread's CPU time, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Utime {
+    /// The VIRT clock: utime, guest included.
+    pub virt_ns: u64,
+    /// The PROF clock: utime + stime.
+    pub prof_ns: u64,
 }
 
 /// The open probes of one thread of this process.
@@ -54,6 +68,22 @@ pub struct Probes {
     schedstat: Option<File>,
     kvm: Option<KvmStats>,
     buffer: Vec<u8>,
+    /// The stat file as last read, and the SCHED clock right before that.
+    stat_was: Option<(Stat, u64)>,
+    /// How far SCHED may advance before the stat file is read again.
+    stat_keeps_ns: u64,
+}
+
+/// What a reading needs beside what every reading does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// Nothing; and the stat file only when the thread is off the CPU or has run for long since it was read: it costs
+    /// as much as all the rest, and of a running thread it tells nothing but guest time in units of 10 ms.
+    Lean,
+    /// As `Lean`, and the VIRT and PROF clocks.
+    Utime,
+    /// All of it, afresh.
+    Full,
 }
 
 impl Probes {
@@ -80,24 +110,24 @@ impl Probes {
             kvm,
             // /proc/self/task/T/stat is some 300 bytes: 52 numbers of at most 20 digits and a name of 15.
             buffer: vec![0; 2048],
+            stat_was: None,
+            stat_keeps_ns: tick_ns() / 4,
         })
     }
 
-    /// Reads them all. SCHED is first and last: first to see whether it grows, last because it is the exact one and
+    /// Reads them. SCHED is first and last: first to see whether it grows, last because it is the exact one and
     /// should be no older than it must. PROF is read before VIRT, so that time passing between the two makes
     /// `prof - virt`, the kernel's share, too small and never too large: a total too small is put right by the next
     /// reading, one too large never.
     ///
     /// # Errors
     /// The probe by name, and what the system said; `ESRCH` or `EINVAL` when the thread is gone.
-    pub fn read(&mut self) -> Result<Raw, (&'static str, io::Error)> {
-        let sched_before = self.sched.read_ns().map_err(|e| ("SCHED clock", e))?;
-        let text = read_text(&self.stat, &mut self.buffer).map_err(|e| ("stat", e))?;
-        let stat = parse_stat(text).map_err(|e| ("stat", io::Error::new(io::ErrorKind::InvalidData, e)))?;
+    pub fn read(&mut self, depth: Depth) -> Result<Raw, (&'static str, io::Error)> {
+        let sched_before_ns = self.sched_ns()?;
         let run_delay_ns = match &self.schedstat {
             Some(file) => {
                 let text = read_text(file, &mut self.buffer).map_err(|e| ("schedstat", e))?;
-                parse_schedstat(text).map_err(|e| ("schedstat", io::Error::new(io::ErrorKind::InvalidData, e)))?
+                parse_schedstat(text).map_err(|e| ("schedstat", invalid(e)))?
             }
             None => 0,
         };
@@ -107,22 +137,57 @@ impl Probes {
             .map(KvmStats::read)
             .transpose()
             .map_err(|e| ("KVM statistics", e))?;
-        let prof_ns = self.prof.read_ns().map_err(|e| ("PROF clock", e))?;
-        let virt_ns = self.virt.read_ns().map_err(|e| ("VIRT clock", e))?;
-        let sched_read_at = crate::clock::ticks();
-        let sched_ns = self.sched.read_ns().map_err(|e| ("SCHED clock", e))?;
-        let on_cpu = sched_ns > sched_before;
+        let utime = match depth {
+            Depth::Lean => None,
+            Depth::Utime | Depth::Full => Some(self.utime()?),
+        };
+        let (mut sched_read_at, mut sched_ns) = (clock::ticks(), self.sched_ns()?);
+        let mut on_cpu = sched_ns > sched_before_ns;
+        let kept = self
+            .stat_was
+            .filter(|&(_, at)| on_cpu && depth != Depth::Full && sched_ns.saturating_sub(at) < self.stat_keeps_ns);
+        let (stat, stat_sched_ns) = match kept {
+            Some(kept) => kept,
+            None => {
+                let read = (self.stat()?, sched_ns);
+                self.stat_was = Some(read);
+                let before = sched_ns;
+                (sched_read_at, sched_ns) = (clock::ticks(), self.sched_ns()?);
+                on_cpu = sched_ns > before;
+                read
+            }
+        };
         Ok(Raw {
+            sched_before_ns,
             sched_ns,
             sched_read_at,
             on_cpu,
-            virt_ns,
-            prof_ns,
+            utime,
             stat,
+            stat_sched_ns,
             run_delay_ns,
             kvm,
         })
     }
+
+    fn sched_ns(&self) -> Result<u64, (&'static str, io::Error)> {
+        self.sched.read_ns().map_err(|e| ("SCHED clock", e))
+    }
+
+    fn utime(&self) -> Result<Utime, (&'static str, io::Error)> {
+        let prof_ns = self.prof.read_ns().map_err(|e| ("PROF clock", e))?;
+        let virt_ns = self.virt.read_ns().map_err(|e| ("VIRT clock", e))?;
+        Ok(Utime { virt_ns, prof_ns })
+    }
+
+    fn stat(&mut self) -> Result<Stat, (&'static str, io::Error)> {
+        let text = read_text(&self.stat, &mut self.buffer).map_err(|e| ("stat", e))?;
+        parse_stat(text).map_err(|e| ("stat", invalid(e)))
+    }
+}
+
+fn invalid(error: ParseError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 /// One pread of a /proc file: the kernel makes its text afresh for each read at offset 0.
@@ -142,7 +207,7 @@ mod tests {
     #[test]
     fn a_thread_that_burns_is_seen_on_a_cpu_and_one_that_sleeps_is_not() {
         let mut probes = Probes::open(this_thread(), None).expect("own probes");
-        let raw = probes.read().expect("own probes");
+        let raw = probes.read(Depth::Full).expect("own probes");
         assert!(raw.on_cpu && raw.sched_ns > 0);
         assert_eq!(raw.stat.state, b'R');
 
@@ -153,11 +218,12 @@ mod tests {
             let _ = sleep.recv();
         });
         let mut probes = Probes::open(tid.recv().expect("the thread tells"), None).expect("its probes");
-        // It may still be on its way to sleep.
-        let asleep = (0..10_000)
-            .map(|_| probes.read().expect("its probes"))
-            .find(|raw| raw.stat.state == b'S');
-        assert!(!asleep.expect("it sleeps in the end").on_cpu);
+        // It may still be on its way to sleep: marked as sleeping, it is on its CPU for an instant more.
+        let asleep = (0..10_000).any(|_| {
+            let raw = probes.read(Depth::Lean).expect("its probes");
+            raw.stat.state == b'S' && !raw.on_cpu
+        });
+        assert!(asleep, "it sleeps in the end");
         drop(wake);
         sleeper.join().expect("it ends");
     }
@@ -176,7 +242,7 @@ mod tests {
         // join() waits for the futex the kernel clears on exit; the task itself goes a moment later.
         let gone = (0..10_000).any(|_| {
             std::thread::yield_now();
-            probes.read().is_err()
+            probes.read(Depth::Full).is_err()
         });
         assert!(gone);
     }

@@ -334,6 +334,15 @@ async fn a_bad_request_is_answered_400_with_a_fault_message_that_says_why() {
             "this microVM has 2, numbered 0 to 1",
         ),
         (Running, "GET", "/vcpus/-1/cputime", "", "There is no vCPU"),
+        (Running, "GET", "/vcpus/2/cputime?explain=1", "", "numbered 0 to 1"),
+        (
+            Running,
+            "GET",
+            "/vcpus/0/cputime?explain=yes",
+            "",
+            "unknown variant `yes`",
+        ),
+        (Running, "GET", "/vcpus/0/cputime?why=1", "", "unknown field `why`"),
         (Running, "GET", "/vcpus/zero/cputime", "", "There is no vCPU"),
         (
             Running,
@@ -489,6 +498,24 @@ async fn a_body_may_have_51200_bytes_and_not_one_more() {
 }
 
 #[tokio::test]
+async fn a_reading_is_explained_only_when_asked() {
+    for (query, explained) in [
+        ("", false),
+        ("?explain=0", false),
+        ("?explain=1", true),
+        ("?explain=true", true),
+    ] {
+        let (status, value) = request(Running, "GET", &format!("/vcpus/0/cputime{query}"), "").await;
+        assert_eq!(
+            (status, &value["gtime_ns"]),
+            (200, &json!(4_890_000_000_u64)),
+            "{query}"
+        );
+        assert_eq!(value["explain"]["sources"].is_array(), explained, "{query}");
+    }
+}
+
+#[tokio::test]
 async fn a_microvm_that_has_ended_says_so() {
     struct Ended;
     impl Backend for Ended {
@@ -497,6 +524,9 @@ async fn a_microvm_that_has_ended_says_so() {
             0
         }
         fn read(&self, _: usize) -> Option<accounting::Reading> {
+            None
+        }
+        fn explain(&self, _: usize) -> Option<accounting::Explained> {
             None
         }
     }

@@ -10,9 +10,9 @@ use std::time::Instant;
 
 use accounting::clock::ticks;
 use accounting::host::HostCpus;
-use accounting::probe::{Probes, parse_stat};
+use accounting::probe::{Depth, Probes, parse_stat};
 use accounting::vtime::{ExitReason, vtime};
-use accounting::{Account, Open};
+use accounting::{Account, GtimeSource, Open};
 use serde_json::json;
 
 /// Rounds of one row. Each times both sides, one after the other; the ratio is of their medians, which a few rounds
@@ -58,6 +58,7 @@ fn main() {
             kvm_stats: None,
             pinned: None,
             host,
+            gtime_source: GtimeSource::Auto,
         })
         .expect("the probes can be read");
         writer.resume();
@@ -78,7 +79,7 @@ fn main() {
             black_box(account.read());
         },
         || {
-            black_box(probes.read().expect("the thread is there"));
+            black_box(probes.read(Depth::Lean).expect("the thread is there"));
         },
     );
     let stat = format!("/proc/{}/task/{tid}/stat", std::process::id());

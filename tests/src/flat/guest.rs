@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use accounting::clock::ticks;
 use accounting::host::HostCpus;
-use accounting::{Account, Reading};
+use accounting::{Account, GtimeSource, Reading};
 use anyhow::Result;
 use vcpu::{ExitHandler, Vcpu, VcpuConfig, VcpuEnd};
 
@@ -72,6 +72,7 @@ impl Guest {
             index: 0,
             pin,
             host: Arc::new(HostCpus::read()?),
+            gtime_source: GtimeSource::Auto,
         };
         let vcpu = Vcpu::spawn(config, machine.vcpus.remove(0), listener.clone())?;
         // The vCPU is held, so no exit comes before this.

@@ -3,18 +3,25 @@
 //! A reading costs a lock among readers, which the vCPU thread never takes, and the probes' system calls: none of
 //! them sleeps, signals, or sends an interrupt to the vCPU's CPU.
 
+mod explain;
+mod source;
+
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::param::clock_ticks_per_second;
 
+pub use explain::{Explained, Explanation, ProbeValues, SourceClaim};
+use source::Claims;
+pub use source::GtimeSource;
+
 use crate::clock::{Instant, Scale};
 use crate::host::{HostCpus, tick_ns};
-use crate::ledger::Ledger;
-use crate::probe::{Probes, Raw};
-use crate::reading::{ExitTotals, Exits, HostCpu, Pending, Reading, Source};
-use crate::split::{Inputs, Split};
+use crate::ledger::{self, Ledger};
+use crate::probe::{Depth, KvmCounters, Probes, Raw, Utime};
+use crate::reading::{ExitTotals, Exits, HostCpu, Pending, Reading};
+use crate::split::{Inputs, Presence, Split, claims};
 use crate::vtime::{ExitReason, Snapshot, State, VtimeReader, VtimeWriter, vtime};
 
 /// What [`Account::open`] needs to know.
@@ -28,6 +35,8 @@ pub struct Open {
     pub pinned: Option<u32>,
     /// The host's CPUs.
     pub host: Arc<HostCpus>,
+    /// What guest time is to be derived from.
+    pub gtime_source: GtimeSource,
 }
 
 /// Why an account could not be opened.
@@ -52,6 +61,9 @@ pub struct Account {
     vtime: VtimeReader,
     pinned: Option<u32>,
     host: Arc<HostCpus>,
+    gtime_source: GtimeSource,
+    /// Whether the thread is pinned to a CPU where the kernel accounts by stamps too.
+    vtime_cpu: bool,
     /// The first stamp.
     opened: Instant,
     /// What the probes said at the first stamp.
@@ -86,8 +98,7 @@ impl Account {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         let mut probes = Probes::open(tid, open.kvm_stats).map_err(probe)?;
         let vtime_cpu = open.pinned.is_some_and(|cpu| open.host.is_nohz_full(cpu));
-        let split = Split::new(if vtime_cpu { Source::Vtime } else { Source::Oncpu });
-        let baseline = probes.read().map_err(probe)?;
+        let baseline = probes.read(Depth::Full).map_err(probe)?;
         let opened = Instant::now();
         let (writer, reader) = vtime(opened.ticks, baseline.sched_ns);
         let account = Self {
@@ -96,13 +107,15 @@ impl Account {
             vtime: reader,
             pinned: open.pinned,
             host: open.host,
+            gtime_source: open.gtime_source,
+            vtime_cpu,
             opened,
             baseline,
             tick_ns: tick_ns(),
             stat_unit_ns: 1_000_000_000 / clock_ticks_per_second().max(1),
             books: Mutex::new(Books {
                 probes,
-                split,
+                split: Split::default(),
                 ledger: Ledger::default(),
                 exits_vmm_ns: [0; ExitReason::COUNT],
                 closed: None,
@@ -117,20 +130,20 @@ impl Account {
     /// answered, standing still, when the thread is gone. Call it on the vCPU thread, last: it waits for a reading under
     /// way, which nothing before it does.
     pub fn close(&self, writer: VtimeWriter) {
-        let mut books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut books = self.books();
         let now = Instant::now();
         writer.end(now.ticks);
         // The thread is here, so its clocks can be read; if not, it accrued nothing that anybody knows of.
-        let raw = books.probes.read().unwrap_or(self.baseline);
+        let raw = books.probes.read(Depth::Full).unwrap_or(self.baseline);
         books.closed = Some((now, raw));
     }
 
     /// A reading, the running slice included. May be called from any thread of this process, at any rate.
     #[expect(clippy::missing_panics_doc, reason = "open() takes the first reading")]
     pub fn read(&self) -> Reading {
-        // A panic while the lock was held left books that are whole: each is changed by one call that does not panic.
-        let mut books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(reading) = self.read_books(&mut books) {
+        let mut books = self.books();
+        if let Some(taken) = self.take_closely(&mut books) {
+            let reading = self.publish(&mut books, &taken);
             books.last = Some(reading);
         }
         // Else the writer outran every try, or the thread died without closing: what was read last is of one instant
@@ -138,22 +151,73 @@ impl Account {
         books.last.clone().expect("open() took the first, with nobody writing")
     }
 
-    fn read_books(&self, books: &mut Books) -> Option<Reading> {
-        let begun = Instant::now();
+    /// A reading, and what it was made of: each source's own claim, each probe's raw value. Costs some ten microseconds more.
+    /// `None` where [`Account::read`] would repeat its last reading.
+    pub fn explain(&self) -> Option<Explained> {
+        let mut books = self.books();
+        let taken = self.take(&mut books, Depth::Full)?;
+        let reading = self.publish(&mut books, &taken);
+        books.last = Some(reading.clone());
+        Some(Explained {
+            reading,
+            explain: Explanation::new(self, &taken),
+        })
+    }
+
+    /// A panic while the lock was held left books that are whole: each is changed by one call that does not panic.
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes one instant's figures, again if this thread was held up meanwhile: upper bounds are as loose as the probes
+    /// are old.
+    fn take_closely(&self, books: &mut Books) -> Option<Taken> {
+        const TRIES: usize = 3;
+        let depth = if self.vtime_cpu { Depth::Utime } else { Depth::Lean };
+        let mut closest: Option<Taken> = None;
+        for _ in 0..TRIES {
+            let taken = self.take(books, depth)?;
+            let age_ns = taken.inputs.age_ns;
+            if closest.as_ref().is_none_or(|closest| age_ns < closest.inputs.age_ns) {
+                closest = Some(taken);
+            }
+            if age_ns < self.tick_ns / 8 {
+                break;
+            }
+        }
+        closest
+    }
+
+    fn take(&self, books: &mut Books, depth: Depth) -> Option<Taken> {
         let (raw, snapshot, now) = match books.closed {
             Some((closed, raw)) => (raw, self.vtime.snapshot()?, closed),
             None => {
-                let raw = books.probes.read().ok()?;
+                let raw = books.probes.read(depth).ok()?;
                 (raw, self.vtime.snapshot()?, Instant::now())
             }
         };
-        let age_ns = now.ns.saturating_sub(begun.ns);
         let scale = Scale::of(self.opened, now);
-        let inputs = self.inputs(&snapshot, now, scale, &raw, age_ns);
-        let answer = books.split.split(&inputs);
-        let elapsed_ns = scale.span_ns();
-        let modes = books.ledger.publish(elapsed_ns, answer.modes);
-        Some(Reading {
+        let inputs = self.inputs(&snapshot, now, scale, &raw);
+        let at = books.split.presence(&inputs);
+        Some(Taken {
+            raw,
+            snapshot,
+            now,
+            scale,
+            inputs,
+            at,
+            claims: [None, claims::vtime(&inputs, &at), Some(claims::oncpu(&inputs, &at))],
+        })
+    }
+
+    fn publish(&self, books: &mut Books, taken: &Taken) -> Reading {
+        let Taken {
+            snapshot, now, inputs, ..
+        } = taken;
+        let claim = self.gtime_source.choose(&taken.claims);
+        let answer = taken.at.with_guest(inputs, claim.point_ns);
+        let modes = books.ledger.publish(inputs.elapsed_ns, answer.modes, ledger::EXACT);
+        Reading {
             index: self.index,
             tid: self.tid,
             state: answer.state,
@@ -167,14 +231,14 @@ impl Account {
                 mode: answer.pending,
                 delta_ns: inputs.slice_ns,
             },
-            gtime_bounds_ns: books.ledger.publish_bounds(answer.guest),
-            source: books.split.source(),
-            exits: exits(&snapshot, scale, &mut books.exits_vmm_ns),
-            host_cpu: self.host_cpu(raw.stat.processor),
-        })
+            gtime_bounds_ns: books.ledger.publish_bounds(claim.bounds),
+            source: claim.source,
+            exits: exits(snapshot, taken.scale, &mut books.exits_vmm_ns),
+            host_cpu: self.host_cpu(taken.raw.stat.processor),
+        }
     }
 
-    fn inputs(&self, snapshot: &Snapshot, now: Instant, scale: Scale, raw: &Raw, age_ns: u64) -> Inputs {
+    fn inputs(&self, snapshot: &Snapshot, now: Instant, scale: Scale, raw: &Raw) -> Inputs {
         let slice = now.ticks.saturating_sub(snapshot.stamp);
         let running = |state| if snapshot.state == state { slice } else { 0 };
         let base = &self.baseline;
@@ -184,10 +248,17 @@ impl Account {
             State::Inactive | State::Vmm | State::Guest => 0,
         };
         let paused_cpu_ns = snapshot.paused_cpu_ns + this_pause;
-        let kvm = |pick: fn(&crate::probe::KvmCounters) -> Option<u64>| {
+        let kvm = |pick: fn(&KvmCounters) -> Option<u64>| {
             let value = |raw: &Raw| raw.kvm.as_ref().and_then(pick).unwrap_or(0);
             value(raw).saturating_sub(value(base))
         };
+        let base_utime = base.utime.unwrap_or_default();
+        let utime = raw.utime.filter(|_| self.vtime_cpu).map(|utime| Utime {
+            virt_ns: utime.virt_ns.saturating_sub(base_utime.virt_ns),
+            prof_ns: (utime.prof_ns.saturating_sub(base_utime.prof_ns)).saturating_sub(paused_cpu_ns),
+        });
+        let sched_age_ns = scale.to_ns(now.ticks.saturating_sub(raw.sched_read_at));
+        let sched_now_ns = raw.sched_ns + if raw.on_cpu { sched_age_ns } else { 0 };
         Inputs {
             elapsed_ns: scale.span_ns(),
             paused_ns: scale.to_ns(snapshot.paused + running(State::Paused)),
@@ -195,18 +266,19 @@ impl Account {
             state: snapshot.state,
             slice_ns: scale.to_ns(if snapshot.state == State::Inactive { 0 } else { slice }),
             sched_ns: raw.sched_ns.saturating_sub(base.sched_ns).saturating_sub(paused_cpu_ns),
-            sched_age_ns: scale.to_ns(now.ticks.saturating_sub(raw.sched_read_at)),
+            sched_age_ns,
             on_cpu: raw.on_cpu,
             runnable: raw.stat.state == b'R',
-            virt_ns: raw.virt_ns.saturating_sub(base.virt_ns),
-            prof_ns: raw.prof_ns.saturating_sub(base.prof_ns).saturating_sub(paused_cpu_ns),
+            uninterruptible: raw.stat.state == b'D',
+            utime,
             stat_guest_ns: (raw.stat.guest_time_clk.saturating_sub(base.stat.guest_time_clk))
                 .saturating_mul(self.stat_unit_ns),
             stat_unit_ns: self.stat_unit_ns,
+            stat_age_ns: sched_now_ns.saturating_sub(raw.stat_sched_ns),
             run_delay_ns: raw.run_delay_ns.saturating_sub(base.run_delay_ns),
             halt_wait_ns: kvm(|k| k.halt_wait_ns),
             halt_poll_ns: kvm(|k| k.halt_poll_ns),
-            age_ns,
+            age_ns: sched_now_ns.saturating_sub(raw.sched_before_ns),
             tick_ns: self.tick_ns,
         }
     }
@@ -223,6 +295,18 @@ impl Account {
             tick_stopped: (!nohz_full).then_some(false),
         }
     }
+}
+
+/// One instant's figures, before anything is published.
+#[derive(Clone, Copy, Debug)]
+struct Taken {
+    raw: Raw,
+    snapshot: Snapshot,
+    now: Instant,
+    scale: Scale,
+    inputs: Inputs,
+    at: Presence,
+    claims: Claims,
 }
 
 fn exits(snapshot: &Snapshot, scale: Scale, published_ns: &mut [u64; ExitReason::COUNT]) -> Exits {
@@ -265,6 +349,7 @@ mod tests {
                 kvm_stats: None,
                 pinned: None,
                 host,
+                gtime_source: GtimeSource::Auto,
             };
             let (mut writer, account) = Account::open(open).expect("own probes");
             tell.send(Arc::clone(&account)).expect("the test listens");

@@ -11,17 +11,20 @@
 //!
 //! *Off-CPU.* `waiting` is the scheduler's run_delay and `halted` KVM's halt_wait; both land when the wait ends, so
 //! what is off-CPU beyond the two is either blocked time of the past or the wait still going on. The state at the
-//! instant of reading tells which: blocked time is what was beyond the two when last seen with nothing going on.
+//! instant of reading tells which: blocked time is what was beyond the two when last seen with nothing going on. A
+//! thread blocks in the VMM, so no more than V was blocked: what exceeds that was asleep in `KVM_RUN`, and is halted
+//! even where KVM does not count it, as it does not count a vCPU's wait for its start-up interrupt.
 //!
-//! *On-CPU, source `vtime`.* User time cannot accrue inside the ioctl, so the kernel's VIRT = guest + host_user and
-//! host_user <= V give guest in `[VIRT - V, VIRT]`; the stat file cuts it to `[stat, stat + 10 ms]`. What the kernel's
-//! reader leaves out, less than a tick each in utime and in gtime, widens both.
-//!
-//! *On-CPU, source `oncpu`.* The kernel samples, so its division of CPU time proves nothing. Guest time is at most the
-//! on-CPU time inside `KVM_RUN`, and that less halt-polling is the estimate.
+//! *On-CPU.* The guest's share is one source's claim ([`claims`]). The rest is the VMM's and the kernel's: by the
+//! kernel's own division where that is exact to a few ticks, else by V, of which blocked time was not on a CPU.
 
-use crate::reading::{Bounds, Mode, Modes, Source, VcpuState};
+pub mod claims;
+
+use crate::probe::Utime;
+use crate::reading::{Mode, Modes, VcpuState};
 use crate::vtime::State;
+
+pub use claims::Claim;
 
 /// One instant's figures, all since the first stamp, all in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,21 +47,23 @@ pub struct Inputs {
     pub on_cpu: bool,
     /// Whether the kernel has it runnable (state `R`), on a CPU or not.
     pub runnable: bool,
-    /// The VIRT clock.
-    pub virt_ns: u64,
-    /// The PROF clock.
-    pub prof_ns: u64,
+    /// Whether it sleeps uninterruptibly (state `D`): a disk, a page fault. KVM's sleep in HLT is interruptible.
+    pub uninterruptible: bool,
+    /// The kernel's division of CPU time, where it is exact to a few ticks: on a CPU with vtime.
+    pub utime: Option<Utime>,
     /// Guest time as the stat file has it, rounded down to `stat_unit_ns`.
     pub stat_guest_ns: u64,
     /// The unit of the stat file: 10 ms.
     pub stat_unit_ns: u64,
+    /// Time on a CPU, at most, since the stat file was read.
+    pub stat_age_ns: u64,
     /// run_delay.
     pub run_delay_ns: u64,
     /// KVM's halt_wait; 0 where there is none.
     pub halt_wait_ns: u64,
     /// KVM's halt-polling; 0 where there is none.
     pub halt_poll_ns: u64,
-    /// How old the oldest of the probes may be at the instant.
+    /// Time on a CPU, at most, since the oldest of the other probes was read.
     pub age_ns: u64,
     /// Length of the host's tick.
     pub tick_ns: u64,
@@ -69,36 +74,33 @@ pub struct Inputs {
 pub struct Answer {
     /// Sums to the elapsed time; may step back from one instant to the next.
     pub modes: Modes,
-    /// Holds the true guest time.
-    pub guest: Bounds,
     /// What the vCPU is doing.
     pub state: VcpuState,
     /// The mode that the running slice counts as.
     pub pending: Mode,
 }
 
+/// What of the elapsed time was on a CPU and what was not; the first half of a split, the same for every source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Presence {
+    /// Not paused, in nanoseconds.
+    pub active_ns: u64,
+    /// On a CPU, in nanoseconds.
+    pub on_cpu_ns: u64,
+    /// Off-CPU and neither run_delay nor halted, in nanoseconds.
+    pub blocked_ns: u64,
+    answer: Answer,
+}
+
 /// Splits; keeps from one instant to the next only how much was blocked for certain.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Split {
-    source: Source,
     blocked_ns: u64,
 }
 
 impl Split {
-    /// A split by `source`.
-    #[must_use]
-    pub fn new(source: Source) -> Self {
-        Self { source, blocked_ns: 0 }
-    }
-
-    /// By what.
-    #[must_use]
-    pub fn source(&self) -> Source {
-        self.source
-    }
-
-    /// Splits one instant.
-    pub fn split(&mut self, i: &Inputs) -> Answer {
+    /// The off-CPU modes of one instant. Follow with [`Presence::with_guest`].
+    pub fn presence(&mut self, i: &Inputs) -> Presence {
         let (state, pending) = state_of(i);
         let paused = i.paused_ns.min(i.elapsed_ns);
         let active = i.elapsed_ns - paused;
@@ -117,16 +119,11 @@ impl Split {
             ..Modes::default()
         };
         self.off_cpu_rest(i, state, off_cpu - waiting - halted, &mut modes);
-
-        let guest = match self.source {
-            Source::Vtime => by_vtime(i, on_cpu, active, &mut modes),
-            Source::Oncpu => by_on_cpu(i, on_cpu, active, &mut modes),
-        };
-        Answer {
-            modes,
-            guest,
-            state,
-            pending,
+        Presence {
+            active_ns: active,
+            on_cpu_ns: on_cpu,
+            blocked_ns: modes.blocked_ns,
+            answer: Answer { modes, state, pending },
         }
     }
 
@@ -135,20 +132,39 @@ impl Split {
     fn off_cpu_rest(&mut self, i: &Inputs, state: VcpuState, rest: u64, modes: &mut Modes) {
         // No wait is longer than the slice it is in.
         let before = self.blocked_ns.max(rest.saturating_sub(i.slice_ns)).min(rest);
-        match state {
-            VcpuState::Halted => modes.halted_ns += rest - before,
-            VcpuState::Waiting => modes.waiting_ns += rest - before,
-            VcpuState::Blocked => {
-                modes.blocked_ns = rest;
-                return;
-            }
+        let blocked = match state {
+            VcpuState::Halted | VcpuState::Waiting => before,
+            VcpuState::Blocked => rest,
             VcpuState::Guest | VcpuState::Vmm | VcpuState::Paused | VcpuState::Exited => {
                 self.blocked_ns = rest;
-                modes.blocked_ns = rest;
-                return;
+                rest
             }
+        };
+        match state {
+            VcpuState::Waiting => modes.waiting_ns += rest - blocked,
+            _ => modes.halted_ns += rest - blocked,
         }
-        modes.blocked_ns = before;
+        // Beyond V it slept in KVM_RUN: halted, but for an uninterruptible sleep still going on, which is the host's.
+        let slept = if i.uninterruptible { i.slice_ns } else { 0 };
+        let in_vmm = blocked.min(i.vmm_ns.saturating_add(slept));
+        modes.halted_ns += blocked - in_vmm;
+        modes.blocked_ns = in_vmm;
+    }
+}
+
+impl Presence {
+    /// The whole answer, the guest having had `guest_ns` of the time on a CPU.
+    #[must_use]
+    pub fn with_guest(&self, i: &Inputs, guest_ns: u64) -> Answer {
+        let Answer { mut modes, .. } = self.answer;
+        modes.guest_ns = guest_ns.min(self.on_cpu_ns);
+        let host = self.on_cpu_ns - modes.guest_ns;
+        modes.host_user_ns = match i.utime {
+            Some(Utime { virt_ns, prof_ns }) => host.saturating_sub(prof_ns.saturating_sub(virt_ns)),
+            None => i.vmm_ns.saturating_sub(self.blocked_ns).min(host),
+        };
+        modes.host_kernel_ns = host - modes.host_user_ns;
+        Answer { modes, ..self.answer }
     }
 }
 
@@ -161,67 +177,23 @@ fn state_of(i: &Inputs) -> (VcpuState, Mode) {
         State::Vmm if i.on_cpu => (VcpuState::Vmm, Mode::HostUser),
         _ if i.runnable => (VcpuState::Waiting, Mode::Waiting),
         // Asleep inside the ioctl: KVM sleeps interruptibly in HLT and nowhere else for long.
-        State::Guest => (VcpuState::Halted, Mode::Halted),
+        State::Guest if !i.uninterruptible => (VcpuState::Halted, Mode::Halted),
+        State::Guest => (VcpuState::Blocked, Mode::Blocked),
         State::Vmm => (VcpuState::Blocked, Mode::Blocked),
     }
 }
 
-/// The kernel's own division of CPU time, which on a CPU with vtime is exact to its unflushed residues.
-fn by_vtime(i: &Inputs, on_cpu: u64, active: u64, modes: &mut Modes) -> Bounds {
-    // utime and gtime are flushed when they reach a tick, so up to one of each is missing from a read; and from the
-    // baseline that was subtracted.
-    let residue = 2 * i.tick_ns;
-    let in_run = active.saturating_sub(i.vmm_ns);
-    let kernel = i.prof_ns.saturating_sub(i.virt_ns).min(on_cpu);
-    let user = on_cpu - kernel;
-
-    // All are as old as the probes, and so is a lower bound's truth: true then, true now. An upper one must add the age.
-    let uppers = [
-        i.virt_ns.saturating_add(residue).saturating_add(i.age_ns),
-        i.stat_guest_ns
-            .saturating_add(i.stat_unit_ns)
-            .saturating_add(residue)
-            .saturating_add(i.age_ns),
-        in_run,
-        on_cpu.saturating_add(i.age_ns),
-    ];
-    let upper = uppers.into_iter().fold(u64::MAX, u64::min);
-    let lower = i
-        .virt_ns
-        .saturating_sub(i.vmm_ns)
-        .saturating_sub(residue)
-        .max(i.stat_guest_ns);
-    // Where two of the clocks contradict each other, one of them is wrong and there is no telling which: both are inside.
-    let (lower, upper) = (lower.min(upper), upper.max(lower));
-
-    modes.guest_ns = user.saturating_sub(i.vmm_ns).clamp(lower, upper).min(on_cpu);
-    modes.host_user_ns = user.saturating_sub(modes.guest_ns);
-    modes.host_kernel_ns = on_cpu - modes.guest_ns - modes.host_user_ns;
-    Bounds { lower, upper }
-}
-
-/// What can be said where the kernel samples.
-fn by_on_cpu(i: &Inputs, on_cpu: u64, active: u64, modes: &mut Modes) -> Bounds {
-    modes.host_user_ns = i.vmm_ns.min(on_cpu);
-    let in_run = on_cpu - modes.host_user_ns;
-    modes.host_kernel_ns = i.halt_poll_ns.min(in_run);
-    modes.guest_ns = in_run - modes.host_kernel_ns;
-    // The VMM may have been off the CPU for any part of V: then more of the on-CPU time was inside KVM_RUN.
-    let upper = active.saturating_sub(i.vmm_ns).min(on_cpu.saturating_add(i.age_ns));
-    // That none of it was spent handling exits in the kernel cannot be shown.
-    Bounds { lower: 0, upper }
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::reading::Bounds;
 
-    const MS: u64 = 1_000_000;
+    pub(crate) const MS: u64 = 1_000_000;
 
     /// A second in: 900 ms in KVM_RUN, 100 ms in the VMM, always on a CPU.
-    fn spinning() -> Inputs {
+    pub(crate) fn spinning() -> Inputs {
         Inputs {
             elapsed_ns: 1_000 * MS,
             vmm_ns: 100 * MS,
@@ -230,8 +202,10 @@ mod tests {
             sched_ns: 1_000 * MS,
             on_cpu: true,
             runnable: true,
-            virt_ns: 950 * MS,
-            prof_ns: 1_000 * MS,
+            utime: Some(Utime {
+                virt_ns: 950 * MS,
+                prof_ns: 1_000 * MS,
+            }),
             stat_guest_ns: 840 * MS,
             stat_unit_ns: 10 * MS,
             tick_ns: 4 * MS,
@@ -239,59 +213,15 @@ mod tests {
         }
     }
 
-    #[test]
-    fn vtime_takes_the_vmms_wall_time_for_its_user_time_within_what_stat_allows() {
-        let answer = Split::new(Source::Vtime).split(&spinning());
-        assert_eq!(answer.modes.guest_ns, 850 * MS);
-        assert_eq!(answer.modes.host_user_ns, 100 * MS);
-        assert_eq!(answer.modes.host_kernel_ns, 50 * MS);
-        assert_eq!(
-            answer.guest,
-            Bounds {
-                lower: 842 * MS,
-                upper: 858 * MS
-            }
-        );
-    }
-
-    #[test]
-    fn clocks_that_contradict_each_other_widen_the_bounds() {
-        let inputs = Inputs {
-            stat_guest_ns: 910 * MS,
-            ..spinning()
-        };
-        // No more than 900 ms were inside KVM_RUN, and no less than 910 ms were the guest's.
-        let answer = Split::new(Source::Vtime).split(&inputs);
-        assert_eq!(
-            answer.guest,
-            Bounds {
-                lower: 900 * MS,
-                upper: 910 * MS
-            }
-        );
-    }
-
-    #[test]
-    fn on_cpu_claims_no_more_than_it_can_prove() {
-        let inputs = Inputs {
-            halt_poll_ns: 30 * MS,
-            ..spinning()
-        };
-        let answer = Split::new(Source::Oncpu).split(&inputs);
-        assert_eq!(answer.modes.guest_ns, 870 * MS);
-        assert_eq!(answer.modes.host_kernel_ns, 30 * MS);
-        assert_eq!(
-            answer.guest,
-            Bounds {
-                lower: 0,
-                upper: 900 * MS
-            }
-        );
+    /// One instant by source `oncpu`.
+    fn split(split: &mut Split, i: &Inputs) -> Answer {
+        let at = split.presence(i);
+        at.with_guest(i, claims::oncpu(i, &at).point_ns)
     }
 
     #[test]
     fn a_halt_still_going_on_is_halted_and_so_it_is_once_kvm_has_counted_it() {
-        let mut split = Split::new(Source::Oncpu);
+        let mut by = Split::default();
         let asleep = Inputs {
             elapsed_ns: 3_000 * MS,
             sched_ns: 1_000 * MS,
@@ -300,7 +230,7 @@ mod tests {
             runnable: false,
             ..spinning()
         };
-        let during = split.split(&asleep);
+        let during = split(&mut by, &asleep);
         assert_eq!((during.state, during.pending), (VcpuState::Halted, Mode::Halted));
         assert_eq!((during.modes.halted_ns, during.modes.blocked_ns), (2_000 * MS, 0));
         let awake = Inputs {
@@ -310,7 +240,7 @@ mod tests {
             slice_ns: 2_000 * MS,
             ..asleep
         };
-        assert_eq!(split.split(&awake).modes.halted_ns, 2_000 * MS);
+        assert_eq!(split(&mut by, &awake).modes.halted_ns, 2_000 * MS);
     }
 
     #[test]
@@ -320,13 +250,13 @@ mod tests {
             on_cpu: false,
             ..spinning()
         };
-        let answer = Split::new(Source::Oncpu).split(&inputs);
+        let answer = split(&mut Split::default(), &inputs);
         assert_eq!((answer.state, answer.modes.waiting_ns), (VcpuState::Waiting, 3 * MS));
     }
 
     #[test]
     fn what_was_blocked_stays_blocked_when_the_guest_halts_later() {
-        let mut split = Split::new(Source::Oncpu);
+        let mut by = Split::default();
         let blocked = Inputs {
             elapsed_ns: 1_007 * MS,
             vmm_ns: 107 * MS,
@@ -336,20 +266,20 @@ mod tests {
             runnable: false,
             ..spinning()
         };
-        assert_eq!(split.split(&blocked).modes.blocked_ns, 7 * MS);
+        assert_eq!(split(&mut by, &blocked).modes.blocked_ns, 7 * MS);
         let back = Inputs {
             on_cpu: true,
             runnable: true,
             ..blocked
         };
-        assert_eq!(split.split(&back).modes.blocked_ns, 7 * MS);
+        assert_eq!(split(&mut by, &back).modes.blocked_ns, 7 * MS);
         let halted = Inputs {
             elapsed_ns: 1_107 * MS,
             state: State::Guest,
             slice_ns: 101 * MS,
             ..blocked
         };
-        let answer = split.split(&halted);
+        let answer = split(&mut by, &halted);
         assert_eq!((answer.modes.halted_ns, answer.modes.blocked_ns), (100 * MS, 7 * MS));
     }
 
@@ -361,7 +291,7 @@ mod tests {
             halt_wait_ns: 100 * MS,
             ..spinning()
         };
-        let modes = Split::new(Source::Oncpu).split(&inputs).modes;
+        let modes = split(&mut Split::default(), &inputs).modes;
         assert_eq!(
             (modes.waiting_ns, modes.halted_ns, modes.blocked_ns),
             (30 * MS, 70 * MS, 0)
@@ -380,10 +310,14 @@ mod tests {
             sched_age_ns: f[11] >> 24,
             on_cpu,
             runnable,
-            virt_ns: f[5],
-            prof_ns: f[6],
+            uninterruptible: !on_cpu && !runnable && f[11] & 1 == 1,
+            utime: (f[11] & 2 == 2).then_some(Utime {
+                virt_ns: f[5],
+                prof_ns: f[6],
+            }),
             stat_guest_ns: f[7],
             stat_unit_ns: 10 * MS,
+            stat_age_ns: f[11] >> 22,
             run_delay_ns: f[8],
             halt_wait_ns: f[9],
             halt_poll_ns: f[10],
@@ -396,14 +330,51 @@ mod tests {
         #[test]
         fn whatever_the_probes_say_the_modes_sum_to_the_elapsed_time(
             history in proptest::collection::vec(any_inputs(), 1..20),
-            source in prop_oneof![Just(Source::Vtime), Just(Source::Oncpu)],
         ) {
-            let mut split = Split::new(source);
-            for inputs in history {
-                let answer = split.split(&inputs);
-                prop_assert_eq!(answer.modes.sum_ns(), inputs.elapsed_ns);
-                prop_assert!(answer.guest.lower <= answer.guest.upper);
+            let mut split = Split::default();
+            for i in history {
+                let at = split.presence(&i);
+                for claim in claims::vtime(&i, &at).into_iter().chain([claims::oncpu(&i, &at)]) {
+                    let Bounds { lower, upper } = claim.bounds;
+                    prop_assert!((lower..=upper).contains(&claim.point_ns));
+                    prop_assert_eq!(at.with_guest(&i, claim.point_ns).modes.sum_ns(), i.elapsed_ns);
+                }
             }
         }
+    }
+
+    #[test]
+    fn a_wait_for_the_start_up_interrupt_is_halted_and_stays_so_when_it_ends_uncounted() {
+        let mut by = Split::default();
+        let asleep = Inputs {
+            elapsed_ns: 1_000 * MS,
+            state: State::Guest,
+            slice_ns: 999 * MS,
+            ..Inputs::default()
+        };
+        assert_eq!(split(&mut by, &asleep).modes.halted_ns, 1_000 * MS);
+        let paused = Inputs {
+            elapsed_ns: 1_500 * MS,
+            paused_ns: 500 * MS,
+            state: State::Paused,
+            slice_ns: 500 * MS,
+            ..Inputs::default()
+        };
+        let modes = split(&mut by, &paused).modes;
+        assert_eq!((modes.halted_ns, modes.blocked_ns), (1_000 * MS, 0));
+    }
+
+    #[test]
+    fn an_uninterruptible_sleep_in_kvm_run_is_blocked() {
+        let inputs = Inputs {
+            elapsed_ns: 1_005 * MS,
+            on_cpu: false,
+            runnable: false,
+            uninterruptible: true,
+            vmm_ns: 0,
+            ..spinning()
+        };
+        let answer = split(&mut Split::default(), &inputs);
+        assert_eq!((answer.state, answer.modes.blocked_ns), (VcpuState::Blocked, 5 * MS));
     }
 }
