@@ -80,18 +80,21 @@ impl Instant {
 /// Converts ticks to nanoseconds by a span that both clocks measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scale {
-    ticks: u64,
     ns: u64,
+    /// Nanoseconds per tick, times 2^64, rounded up: one division for all conversions of a reading.
+    ns_per_tick: u128,
 }
 
 impl Scale {
     /// The scale of the span `from..to`; an empty one converts everything to 0.
     #[must_use]
     pub fn of(from: Instant, to: Instant) -> Self {
-        Self {
-            ticks: to.ticks.saturating_sub(from.ticks),
-            ns: to.ns.saturating_sub(from.ns),
-        }
+        let (ticks, ns) = (to.ticks.saturating_sub(from.ticks), to.ns.saturating_sub(from.ns));
+        let ns_per_tick = match u128::from(ticks) {
+            0 => 0,
+            ticks => (u128::from(ns) << 64).div_ceil(ticks),
+        };
+        Self { ns, ns_per_tick }
     }
 
     /// Nanoseconds of the whole span.
@@ -100,13 +103,13 @@ impl Scale {
         self.ns
     }
 
-    /// `ticks` in nanoseconds, rounded down; never more than the span's, so parts of the span never exceed it.
+    /// `ticks` in nanoseconds, rounded down; never more than the span's, so parts of the span never exceed it: what
+    /// rounding the ratio up adds to all of them together is far less than the nanosecond that would show.
     #[must_use]
     pub fn to_ns(self, ticks: u64) -> u64 {
-        if self.ticks == 0 {
-            return 0;
-        }
-        let ns = u128::from(ticks) * u128::from(self.ns) / u128::from(self.ticks);
+        let ticks = u128::from(ticks);
+        let (whole, fraction) = (self.ns_per_tick >> 64, self.ns_per_tick & u128::from(u64::MAX));
+        let ns = (ticks * whole).saturating_add(ticks * fraction >> 64);
         u64::try_from(ns).unwrap_or(u64::MAX).min(self.ns)
     }
 }

@@ -67,6 +67,14 @@ impl Ledger {
 /// Non-negative integers that sum to `sum`: what the exact ones ask for, and of what is left the nearest to what the
 /// others ask for. Should the exact ones ask for more than there is, they share it and the others get nothing.
 fn exact_first<const N: usize>(asked: [i128; N], is_exact: [bool; N], sum: u64) -> [u64; N] {
+    // As a rule nobody has anything to give back: then everybody gets what it asks for.
+    let mut granted = [0; N];
+    if asked.iter().all(|&asked| asked >= 0) && asked.iter().sum::<i128>() == i128::from(sum) {
+        for (granted, asked) in granted.iter_mut().zip(asked) {
+            *granted = u64::try_from(asked).unwrap_or(sum);
+        }
+        return granted;
+    }
     let wants = |i: usize| u64::try_from(asked[i].max(0)).unwrap_or(u64::MAX);
     let first = (0..N)
         .filter(|&i| is_exact[i])
