@@ -8,7 +8,7 @@ mod source;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::param::clock_ticks_per_second;
 
@@ -70,6 +70,10 @@ pub struct Account {
     baseline: Raw,
     tick_ns: u64,
     stat_unit_ns: u64,
+    /// For the last look at it.
+    kvm_stats: Option<File>,
+    /// The last instant, and what the probes said then, when the thread has ended.
+    closed: OnceLock<(Instant, Raw)>,
     books: Mutex<Books>,
 }
 
@@ -81,8 +85,6 @@ struct Books {
     ledger: Ledger,
     /// VMM time by exit reason as published, in nanoseconds: a scale that is better known may convert to less.
     exits_vmm_ns: [u64; ExitReason::COUNT],
-    /// The last instant, and what the probes said then, when the thread has ended.
-    closed: Option<(Instant, Raw)>,
     /// From the first on, which [`Account::open`] takes.
     last: Option<Reading>,
 }
@@ -96,6 +98,8 @@ impl Account {
     pub fn open(open: Open) -> Result<(VtimeWriter, Arc<Self>), OpenError> {
         let probe = |(what, source)| OpenError::Probe { what, source };
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let kvm_stats = open.kvm_stats.as_ref().map(File::try_clone).transpose();
+        let kvm_stats = kvm_stats.map_err(|error| probe(("KVM statistics", error)))?;
         let mut probes = Probes::open(tid, open.kvm_stats).map_err(probe)?;
         let vtime_cpu = open.pinned.is_some_and(|cpu| open.host.is_nohz_full(cpu));
         let baseline = probes.read(Depth::Full).map_err(probe)?;
@@ -113,12 +117,13 @@ impl Account {
             baseline,
             tick_ns: tick_ns(),
             stat_unit_ns: 1_000_000_000 / clock_ticks_per_second().max(1),
+            kvm_stats,
+            closed: OnceLock::new(),
             books: Mutex::new(Books {
                 probes,
                 split: Split::default(),
                 ledger: Ledger::default(),
                 exits_vmm_ns: [0; ExitReason::COUNT],
-                closed: None,
                 last: None,
             }),
         };
@@ -127,15 +132,16 @@ impl Account {
     }
 
     /// Closes the account: takes the last stamp and the last value of every probe, so that readings go on being
-    /// answered, standing still, when the thread is gone. Call it on the vCPU thread, last: it waits for a reading under
-    /// way, which nothing before it does.
+    /// answered, standing still, when the thread is gone. Call it on the vCPU thread, last. It does not wait for a reading
+    /// under way, so a reader that is held up, for whatever time, does not hold up the vCPU's end.
     pub fn close(&self, writer: VtimeWriter) {
-        let mut books = self.books();
         let now = Instant::now();
         writer.end(now.ticks);
         // The thread is here, so its clocks can be read; if not, it accrued nothing that anybody knows of.
-        let raw = books.probes.read(Depth::Full).unwrap_or(self.baseline);
-        books.closed = Some((now, raw));
+        let kvm_stats = self.kvm_stats.as_ref().and_then(|file| file.try_clone().ok());
+        let probes = Probes::open(self.tid, kvm_stats);
+        let raw = probes.and_then(|mut probes| probes.read(Depth::Full));
+        let _ = self.closed.set((now, raw.unwrap_or(self.baseline)));
     }
 
     /// A reading, the running slice included. May be called from any thread of this process, at any rate.
@@ -189,8 +195,8 @@ impl Account {
     }
 
     fn take(&self, books: &mut Books, depth: Depth) -> Option<Taken> {
-        let (raw, snapshot, now) = match books.closed {
-            Some((closed, raw)) => (raw, self.vtime.snapshot()?, closed),
+        let (raw, snapshot, now) = match self.closed.get() {
+            Some(&(closed, raw)) => (raw, self.vtime.snapshot()?, closed),
             None => {
                 let raw = books.probes.read(depth).ok()?;
                 (raw, self.vtime.snapshot()?, Instant::now())
