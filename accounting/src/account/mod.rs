@@ -135,13 +135,14 @@ impl Account {
     /// answered, standing still, when the thread is gone. Call it on the vCPU thread, last. It does not wait for a reading
     /// under way, so a reader that is held up, for whatever time, does not hold up the vCPU's end.
     pub fn close(&self, writer: VtimeWriter) {
-        let now = Instant::now();
-        writer.end(now.ticks);
         // The thread is here, so its clocks can be read; if not, it accrued nothing that anybody knows of.
         let kvm_stats = self.kvm_stats.as_ref().and_then(|file| file.try_clone().ok());
         let probes = Probes::open(self.tid, kvm_stats);
         let raw = probes.and_then(|mut probes| probes.read(Depth::Full));
+        let now = Instant::now();
+        // In this order: whoever sees the end sees its instant too.
         let _ = self.closed.set((now, raw.unwrap_or(self.baseline)));
+        writer.end(now.ticks);
     }
 
     /// A reading, the running slice included. May be called from any thread of this process, at any rate.
@@ -208,7 +209,6 @@ impl Account {
         Some(Taken {
             raw,
             snapshot,
-            now,
             scale,
             inputs,
             at,
@@ -217,18 +217,18 @@ impl Account {
     }
 
     fn publish(&self, books: &mut Books, taken: &Taken) -> Reading {
-        let Taken {
-            snapshot, now, inputs, ..
-        } = taken;
+        let Taken { snapshot, inputs, .. } = taken;
         let claim = self.gtime_source.choose(&taken.claims);
         let answer = taken.at.with_guest(inputs, claim.point_ns);
         let modes = books.ledger.publish(inputs.elapsed_ns, answer.modes, ledger::EXACT);
+        let elapsed_ns = books.ledger.elapsed_ns();
         Reading {
             index: self.index,
             tid: self.tid,
             state: answer.state,
-            at_ns: now.ns,
-            elapsed_ns: books.ledger.elapsed_ns(),
+            // A reading taken while the account was being closed may be a moment past the last instant of it.
+            at_ns: self.opened.ns.saturating_add(elapsed_ns),
+            elapsed_ns,
             utime_ns: modes.host_user_ns + modes.guest_ns,
             stime_ns: modes.host_kernel_ns,
             gtime_ns: modes.guest_ns,
@@ -308,7 +308,6 @@ impl Account {
 struct Taken {
     raw: Raw,
     snapshot: Snapshot,
-    now: Instant,
     scale: Scale,
     inputs: Inputs,
     at: Presence,
