@@ -7,10 +7,12 @@
 //! | thread clocks VIRT, PROF | utime (guest included), utime + stime | within 2 or 3 ticks, and only on a CPU with vtime; may step back |
 //! | `/proc/self/task/T/stat` | guest time in units of 10 ms; the thread's state | on a tick-sampling CPU, anything |
 //! | `/proc/self/task/T/schedstat` | run_delay | lands when the wait ends |
+//! | [`bpf`] | guest time: exact, live | needs privilege, and costs every exit a little; some backends pass no tracepoints |
 //! | KVM's binary statistics | halt_wait_ns, halt_poll_*_ns, blocking | land when the halt ends; some backends leave some at 0 |
 //!
 //! Absolute values; [`crate::account`] subtracts the baselines it took at the first stamp.
 
+pub mod bpf;
 mod kvm_stats;
 mod proc;
 mod thread_clock;
