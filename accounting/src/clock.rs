@@ -1,10 +1,15 @@
 //! The two clocks of a reading: raw TSC ticks, which stamps are made of, and `CLOCK_MONOTONIC_RAW`, which a
 //! reading is told in.
 //!
-//! There is no calibration and no TSC frequency anywhere. A vCPU's life is measured by both clocks, so the life
+//! No figure of a reading rests on a calibration or a TSC frequency. A vCPU's life is measured by both clocks, so the life
 //! so far is its own calibration: `elapsed_ns / elapsed_ticks` converts every other figure of that reading
 //! ([`Scale`]). The elapsed time is then exactly what `CLOCK_MONOTONIC_RAW` says, however old the vCPU, and the
 //! error in a figure is at most the error of reading the two clocks together, some tens of nanoseconds, once.
+//!
+//! Only where a slice must be told to be long or short as it ends, on the exit path, is a rate needed before there is a
+//! life to take it from: [`Scale::of_this_host`], good to a thousandth.
+
+use std::sync::OnceLock;
 
 use rustix::time::{ClockId, clock_gettime};
 
@@ -50,39 +55,40 @@ impl Instant {
     /// an interrupt between the two does not part them.
     #[must_use]
     pub fn now() -> Self {
+        Self::with_gap().0
+    }
+
+    /// As [`Instant::now`], and how many ticks the reads of the TSC were apart: `ticks` is right to half of it.
+    fn with_gap() -> (Self, u64) {
         /// Three tries leave an interrupted pair only where three in a row were.
         const TRIES: usize = 3;
         /// Some 300 ns on any processor of this century: nothing came between.
         const CLOSE_TICKS: u64 = 1_000;
 
-        let mut best = (u64::MAX, Self::default());
+        let mut best = (Self::default(), u64::MAX);
         for _ in 0..TRIES {
             let before = ticks();
             let ns = monotonic_raw_ns();
             let gap = ticks().saturating_sub(before);
-            if gap < best.0 {
-                best = (
-                    gap,
-                    Self {
-                        ticks: before + gap / 2,
-                        ns,
-                    },
-                );
+            if gap < best.1 {
+                let ticks = before + gap / 2;
+                best = (Self { ticks, ns }, gap);
             }
             if gap <= CLOSE_TICKS {
                 break;
             }
         }
-        best.1
+        best
     }
 }
 
 /// Converts ticks to nanoseconds by a span that both clocks measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scale {
+    ticks: u64,
     ns: u64,
     /// Nanoseconds per tick, times 2^64, rounded up: one division for all conversions of a reading.
-    ns_per_tick: u128,
+    ratio: u128,
 }
 
 impl Scale {
@@ -90,11 +96,38 @@ impl Scale {
     #[must_use]
     pub fn of(from: Instant, to: Instant) -> Self {
         let (ticks, ns) = (to.ticks.saturating_sub(from.ticks), to.ns.saturating_sub(from.ns));
-        let ns_per_tick = match u128::from(ticks) {
+        let ratio = match u128::from(ticks) {
             0 => 0,
             ticks => (u128::from(ns) << 64).div_ceil(ticks),
         };
-        Self { ns, ns_per_tick }
+        Self { ticks, ns, ratio }
+    }
+
+    /// The scale of a span long enough to be right to a thousandth, made by waiting for that long, once a process: some
+    /// 50 us, for a thousand times what reading the two clocks together leaves open; no longer than 5 ms.
+    #[must_use]
+    pub fn of_this_host() -> Self {
+        const PARTS: u64 = 1_000;
+        const LONGEST_NS: u64 = 5_000_000;
+        static SCALE: OnceLock<Scale> = OnceLock::new();
+
+        *SCALE.get_or_init(|| {
+            let (from, first_gap) = Instant::with_gap();
+            loop {
+                let (to, last_gap) = Instant::with_gap();
+                let scale = Self::of(from, to);
+                let open = first_gap / 2 + last_gap / 2;
+                if scale.ticks / PARTS >= open || scale.ns >= LONGEST_NS {
+                    return scale;
+                }
+            }
+        })
+    }
+
+    /// Nanoseconds in one tick, times 2^`fraction_bits`; what does not fit is `u64::MAX`, and of a span without ticks, 0.
+    pub(crate) fn ns_per_tick(self, fraction_bits: u32) -> u64 {
+        let ns = u128::from(self.ns) << fraction_bits;
+        u64::try_from(ns.checked_div(u128::from(self.ticks)).unwrap_or(0)).unwrap_or(u64::MAX)
     }
 
     /// Nanoseconds of the whole span.
@@ -108,7 +141,7 @@ impl Scale {
     #[must_use]
     pub fn to_ns(self, ticks: u64) -> u64 {
         let ticks = u128::from(ticks);
-        let (whole, fraction) = (self.ns_per_tick >> 64, self.ns_per_tick & u128::from(u64::MAX));
+        let (whole, fraction) = (self.ratio >> 64, self.ratio & u128::from(u64::MAX));
         let ns = (ticks * whole).saturating_add(ticks * fraction >> 64);
         u64::try_from(ns).unwrap_or(u64::MAX).min(self.ns)
     }

@@ -45,6 +45,7 @@ pub mod ledger;
 pub mod probe;
 pub mod reading;
 pub mod split;
+mod sync;
 pub mod vtime;
 
 pub use account::{Account, Explained, GtimeSource, Open, OpenError};

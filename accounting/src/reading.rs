@@ -1,4 +1,4 @@
-//! The shape of a reading: what `GET /vcpus/{index}/cputime` answers.
+//! The shape of a reading: what `GET /vcpus/{index}/cputime` answers; and of the histograms, which are asked for apart.
 //!
 //! Every figure is an integer in nanoseconds, `_ns` in its name. All but `pending` are totals since the
 //! vCPU thread's first stamp, and no total is ever smaller than in an earlier reading of the same vCPU.
@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+
+use crate::vtime::{BUCKETS, upper_edge_ns};
 
 /// One vCPU's time, of one instant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -204,6 +206,56 @@ pub struct ExitTotals {
     pub count: u64,
     /// Time the VMM took to handle them, from leaving `KVM_RUN` to entering it again, in nanoseconds.
     pub vmm_ns: u64,
+}
+
+/// How long stays in `KVM_RUN` and the handling of exits took, of one vCPU and one instant: the slices that have ended
+/// by then. Not part of a reading, which is to stay small.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Histograms {
+    /// The vCPU's index, from 0.
+    pub index: u32,
+    /// Stays in `KVM_RUN`, from entering it to leaving it, whatever the guest, the kernel and the scheduler did meanwhile.
+    pub run: Histogram,
+    /// The VMM's handling of exits, from leaving `KVM_RUN` to entering it again or to a pause; as many as a reading's
+    /// `exits.total`.
+    pub vmm: Histogram,
+}
+
+/// How often something took how long.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Histogram {
+    /// How many: the sum of the buckets' counts.
+    pub count: u64,
+    /// How long they took together, in nanoseconds.
+    pub sum_ns: u64,
+    /// In the order of their edges, the same on every host: powers of two from 64 ns to 2^36 ns, and what is longer.
+    pub buckets: Vec<Bucket>,
+}
+
+/// One bucket of a [`Histogram`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bucket {
+    /// Its upper edge, in nanoseconds; `null` in the last, which has none. It begins where the one before ends. An
+    /// edge is where it says to a thousandth: see [`crate::vtime::BUCKETS`].
+    pub le_ns: Option<u64>,
+    /// How many are in this bucket, those in the buckets before it not included.
+    pub count: u64,
+}
+
+impl Histogram {
+    /// A histogram of vtime's counts.
+    #[must_use]
+    pub fn new(counts: &[u64; BUCKETS], sum_ns: u64) -> Self {
+        let bucket = |(index, &count)| Bucket {
+            le_ns: upper_edge_ns(index),
+            count,
+        };
+        Self {
+            count: counts.iter().sum(),
+            sum_ns,
+            buckets: counts.iter().enumerate().map(bucket).collect(),
+        }
+    }
 }
 
 /// Where the vCPU thread runs.

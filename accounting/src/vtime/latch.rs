@@ -1,0 +1,74 @@
+//! The latch: how one writer that may be preempted anywhere, for any time, publishes many words as one unit.
+//!
+//! There are two slots. Publication *n* fills slot *n* mod 2 and then stores *n* as the sequence; a reader copies the
+//! slot that the sequence names, and takes the copy if the sequence still says *n*. Slot *n* mod 2 is written again only
+//! by publication *n + 2*, which starts after *n + 1* is published, so an unchanged sequence means an untouched slot.
+//!
+//! ```text
+//!   sequence      n        n          n + 1     n + 1          n + 2
+//!   slot n mod 2  whole    whole      whole     being filled   whole
+//!   the other     whole    being f.   whole     whole          whole
+//!                 read ----------------> taken
+//!                 read -----------------------------> refused: the sequence moved
+//! ```
+//!
+//! A writer stopped in mid-publication leaves the last complete slot to be read; the writer waits for nobody; a reader
+//! retries only when the writer has meanwhile completed a whole publication.
+//!
+//! The words of a slot are atomics accessed Relaxed between the fences of Boehm, "Can seqlocks get along with
+//! programming language memory models?" (MSPC 2012): there is no data race to reason about, and on x86 both fences are
+//! free. What each fence is for is shown by the models below, which find the torn read as soon as either is left out.
+
+use crate::sync::{AtomicU64, Ordering, fence};
+
+/// A slot is a cache line apart from what is beside it, so that filling one does not disturb a reader of the other.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Apart<S>(S);
+
+/// Two slots `S` of words, and which of them is the last complete one. The two parameters leave a fence out, for the
+/// models to show what happens then.
+#[derive(Debug)]
+pub(super) struct Latch<S, const WRITER_FENCE: bool = true, const READER_FENCE: bool = true> {
+    slots: [Apart<S>; 2],
+    sequence: AtomicU64,
+}
+
+impl<S, const WRITER_FENCE: bool, const READER_FENCE: bool> Latch<S, WRITER_FENCE, READER_FENCE> {
+    /// A latch whose sequence is 0.
+    pub(super) fn new(slots: [S; 2]) -> Self {
+        Self {
+            slots: slots.map(Apart),
+            sequence: AtomicU64::new(0),
+        }
+    }
+
+    fn slot(&self, sequence: u64) -> &S {
+        &self.slots[usize::from(sequence & 1 == 1)].0
+    }
+
+    /// Publishes what `fill` stores, Relaxed, in the slot it is given: all the words that differ from what was published
+    /// two sequences ago, which the slot still holds. For the one writer only; `sequence` is one more than the last.
+    #[inline(always)]
+    pub(super) fn publish(&self, sequence: u64, fill: impl FnOnce(&S)) {
+        // Whoever sees a word of this slot change sees the previous sequence, or a later one.
+        if WRITER_FENCE {
+            fence(Ordering::Release);
+        }
+        fill(self.slot(sequence));
+        self.sequence.store(sequence, Ordering::Release);
+    }
+
+    /// One try to copy the last complete slot by `copy`, which loads Relaxed and is told the sequence. `None` if the
+    /// writer completed a publication meanwhile.
+    #[inline(always)]
+    pub(super) fn try_read<T>(&self, copy: impl FnOnce(u64, &S) -> T) -> Option<T> {
+        let sequence = self.sequence.load(Ordering::Acquire);
+        let copied = copy(sequence, self.slot(sequence));
+        // Pairs with the writer's: if any load above saw publication n + 2, the one below sees n + 1 or later.
+        if READER_FENCE {
+            fence(Ordering::Acquire);
+        }
+        (self.sequence.load(Ordering::Relaxed) == sequence).then_some(copied)
+    }
+}
