@@ -34,6 +34,13 @@ pub fn monotonic_raw_ns() -> u64 {
     t.tv_sec.unsigned_abs() * 1_000_000_000 + t.tv_nsec.unsigned_abs()
 }
 
+/// `CLOCK_MONOTONIC` in nanoseconds, through the vDSO. NTP steers its rate.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let t = clock_gettime(ClockId::Monotonic);
+    t.tv_sec.unsigned_abs() * 1_000_000_000 + t.tv_nsec.unsigned_abs()
+}
+
 /// CPU time of the calling thread in nanoseconds, by a system call.
 #[must_use]
 pub fn thread_cpu_ns() -> u64 {
@@ -142,7 +149,7 @@ impl Scale {
     pub fn to_ns(self, ticks: u64) -> u64 {
         let ticks = u128::from(ticks);
         let (whole, fraction) = (self.ratio >> 64, self.ratio & u128::from(u64::MAX));
-        let ns = (ticks * whole).saturating_add(ticks * fraction >> 64);
+        let ns = (ticks * whole).saturating_add((ticks * fraction) >> 64);
         u64::try_from(ns).unwrap_or(u64::MAX).min(self.ns)
     }
 }

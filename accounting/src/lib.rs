@@ -48,5 +48,5 @@ pub mod split;
 mod sync;
 pub mod vtime;
 
-pub use account::{Account, Explained, GtimeSource, Open, OpenError};
+pub use account::{Account, Explained, Gtime, GtimeSource, Open, OpenError};
 pub use reading::Reading;

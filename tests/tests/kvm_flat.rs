@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use accounting::host::HostCpus;
 use accounting::reading::{Reading, Source, VcpuState};
-use accounting::{Account, GtimeSource, laws};
+use accounting::{Account, Gtime, laws};
 use tests::flat::{Event, Guest, Machine, Program, Report};
 use tests::require_bed;
 use tests::vm::PATIENCE;
@@ -317,7 +317,7 @@ fn thirty_two_vcpus_run_pause_and_stop_each_with_its_own_end() {
                 index,
                 pin: None,
                 host: host.clone(),
-                gtime_source: GtimeSource::Auto,
+                gtime: Gtime::default(),
             };
             Vcpu::spawn(config, fd, handler.clone()).expect("a vCPU")
         })
@@ -349,7 +349,7 @@ fn a_device_that_panics_ends_its_vcpu_and_hangs_nobody() {
         index: 0,
         pin: None,
         host: Arc::new(HostCpus::read().expect("sysfs")),
-        gtime_source: GtimeSource::Auto,
+        gtime: Gtime::default(),
     };
     let vcpu = Vcpu::spawn(config, machine.vcpus.remove(0), handler).expect("a vCPU");
     vcpu.resume();
@@ -371,7 +371,7 @@ fn a_vcpu_that_cannot_be_pinned_says_where() {
         index: 0,
         pin: Some(4096),
         host: Arc::new(HostCpus::default()),
-        gtime_source: GtimeSource::Auto,
+        gtime: Gtime::default(),
     };
     let error = Vcpu::spawn(config, machine.vcpus.remove(0), handler).expect_err("there is no such CPU");
     assert!(

@@ -34,7 +34,7 @@ mod thread;
 
 use std::sync::Arc;
 
-use accounting::GtimeSource;
+use accounting::Gtime;
 use accounting::host::HostCpus;
 
 pub use thread::Vcpu;
@@ -101,7 +101,7 @@ pub struct VcpuConfig {
     /// The host's CPUs.
     pub host: Arc<HostCpus>,
     /// What guest time is to be derived from.
-    pub gtime_source: GtimeSource,
+    pub gtime: Gtime,
 }
 
 /// Why a vCPU could not be made.

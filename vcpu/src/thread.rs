@@ -124,7 +124,7 @@ fn open(config: VcpuConfig, fd: &VcpuFd) -> Result<(VtimeWriter, Arc<Account>), 
         index,
         pin,
         host,
-        gtime_source,
+        gtime,
     } = config;
     if let Some(cpu) = pin {
         pin_to(cpu).map_err(|source| VcpuError::Pin { index, cpu, source })?;
@@ -137,7 +137,7 @@ fn open(config: VcpuConfig, fd: &VcpuFd) -> Result<(VtimeWriter, Arc<Account>), 
         kvm_stats,
         pinned: pin,
         host,
-        gtime_source,
+        gtime,
     })
     .map_err(|source| VcpuError::Account { index, source })
 }

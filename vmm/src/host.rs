@@ -8,9 +8,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
-use accounting::GtimeSource;
+use accounting::Gtime;
 use accounting::host::HostCpus;
-use accounting::reading::Source;
 use kvm_ioctls::Kvm;
 use vcpu::setup::{self, Topology};
 use vcpu::{ExitHandler, Vcpu, VcpuConfig, VcpuEnd};
@@ -155,7 +154,7 @@ fn run_probe(kvm: &Kvm) -> Result<bool, StartError> {
             index: 0,
             pin: None,
             host: cpus,
-            gtime_source: GtimeSource::From(Source::Oncpu),
+            gtime: Gtime::default(),
         },
         fd,
         Arc::new(Probe(tell)),

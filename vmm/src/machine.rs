@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use accounting::host::{CpuSet, HostCpus, run_on};
-use accounting::{Account, GtimeSource};
+use accounting::{Account, Gtime, GtimeSource};
 use kvm_ioctls::{Kvm, VmFd};
 use vcpu::pin::{self, PinError};
 use vcpu::setup::{self, SetupError, Topology};
@@ -164,6 +164,11 @@ impl Machine {
             })
             .collect::<Result<Vec<_>, StartError>>()?;
 
+        let gtime = Gtime::prepare(around.gtime_source);
+        let refused = gtime
+            .refused()
+            .map(|why| format!("guest time is not derived from bpf: {why}"));
+
         // A vCPU that is not pinned inherits this thread's affinity: for that moment it is what the process was given. Afterwards
         // everything but vCPUs keeps off the vCPUs' CPUs.
         run_on(&cpus.affinity).map_err(failed("set the affinity of the VMM thread"))?;
@@ -177,7 +182,7 @@ impl Machine {
                         index,
                         pin,
                         host: Arc::clone(cpus),
-                        gtime_source: around.gtime_source,
+                        gtime: gtime.clone(),
                     },
                     fd,
                     Arc::clone(&bus),
@@ -193,7 +198,8 @@ impl Machine {
             _vm: vm,
             _memory: memory,
         };
-        Ok((machine, choice.warnings.iter().map(ToString::to_string).collect()))
+        let warnings = choice.warnings.iter().map(ToString::to_string).chain(refused);
+        Ok((machine, warnings.collect()))
     }
 
     /// The vCPUs' accounts, in order.

@@ -104,10 +104,12 @@ impl Explanation {
 impl Account {
     /// Why `source` claims nothing.
     fn why_not(&self, source: Source) -> String {
-        match (source, self.pinned) {
-            (Source::Vtime, None) => "the vCPU is not pinned to one host CPU".to_owned(),
-            (Source::Vtime, Some(cpu)) => format!("the host was not booted with nohz_full= naming CPU {cpu}"),
-            (Source::Bpf | Source::Oncpu, _) => "it was not asked for".to_owned(),
+        match (source, self.pinned, &self.stamps) {
+            (Source::Vtime, None, _) => "the vCPU is not pinned to one host CPU".to_owned(),
+            (Source::Vtime, Some(cpu), _) => format!("the host was not booted with nohz_full= naming CPU {cpu}"),
+            (Source::Bpf, _, Err(why)) => why.to_string(),
+            (Source::Bpf, ..) => "KVM's tracepoints stay silent on this host".to_owned(),
+            (Source::Oncpu, ..) => unreachable!("there is always time on a CPU"),
         }
     }
 }

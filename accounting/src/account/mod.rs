@@ -4,7 +4,8 @@
 //! them sleeps, signals, or sends an interrupt to the vCPU's CPU.
 
 mod explain;
-mod source;
+mod gtime;
+mod stamped;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,14 +14,16 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use rustix::param::clock_ticks_per_second;
 
 pub use explain::{Explained, Explanation, ProbeValues, SourceClaim};
-use source::Claims;
-pub use source::GtimeSource;
+use gtime::{Bpf, Claims};
+pub use gtime::{Gtime, GtimeSource, UnknownSource};
+use stamped::{Bracket, Lead, stamped};
 
 use crate::clock::{Instant, Scale};
 use crate::host::{HostCpus, tick_ns};
 use crate::ledger::{self, Ledger};
+use crate::probe::bpf::{GuestTime, Tracked};
 use crate::probe::{Depth, KvmCounters, Probes, Raw, Utime};
-use crate::reading::{ExitTotals, Exits, Histogram, Histograms, HostCpu, Pending, Reading};
+use crate::reading::{ExitTotals, Exits, Histogram, Histograms, HostCpu, Pending, Reading, Source};
 use crate::split::{Inputs, Presence, Split, claims};
 use crate::vtime::{BUCKETS, ExitReason, Snapshot, State, VtimeReader, VtimeWriter, vtime};
 
@@ -36,7 +39,7 @@ pub struct Open {
     /// The host's CPUs.
     pub host: Arc<HostCpus>,
     /// What guest time is to be derived from.
-    pub gtime_source: GtimeSource,
+    pub gtime: Gtime,
 }
 
 /// Why an account could not be opened.
@@ -62,6 +65,10 @@ pub struct Account {
     pinned: Option<u32>,
     host: Arc<HostCpus>,
     gtime_source: GtimeSource,
+    /// The thread's guest time by BPF's stamps, or why it has none.
+    stamps: Result<Tracked, Arc<str>>,
+    /// Between BPF's clock and the readings', at the first stamp.
+    opened_lead: Lead,
     /// Whether the thread is pinned to a CPU where the kernel accounts by stamps too.
     vtime_cpu: bool,
     /// The first stamp.
@@ -73,8 +80,20 @@ pub struct Account {
     /// For the last look at it.
     kvm_stats: Option<File>,
     /// The last instant, and what the probes said then, when the thread has ended.
-    closed: OnceLock<(Instant, Raw)>,
+    closed: OnceLock<Closed>,
     books: Mutex<Books>,
+}
+
+/// How long a vCPU may be in its first `KVM_RUN` before tracepoints that were not heard are taken for silent.
+const SILENT_NS: u64 = 10_000_000;
+
+/// What is known when the thread has ended.
+#[derive(Debug)]
+struct Closed {
+    raw: Raw,
+    /// Around the last instant.
+    bracket: Bracket,
+    stamps: Option<GuestTime>,
 }
 
 /// What readings need from one another.
@@ -105,7 +124,12 @@ impl Account {
         let mut probes = Probes::open(tid, open.kvm_stats).map_err(probe)?;
         let vtime_cpu = open.pinned.is_some_and(|cpu| open.host.is_nohz_full(cpu));
         let baseline = probes.read(Depth::Full).map_err(probe)?;
-        let opened = Instant::now();
+        let stamps = match &open.gtime.bpf {
+            Bpf::Attached(meter) => meter.track(tid).map_err(|error| error.to_string().into()),
+            Bpf::Absent(why) => Err(why.clone()),
+        };
+        let bracket = Bracket::now();
+        let opened = bracket.now;
         let (writer, reader) = vtime(opened.ticks, baseline.sched_ns);
         let account = Self {
             index: open.index,
@@ -113,7 +137,9 @@ impl Account {
             vtime: reader,
             pinned: open.pinned,
             host: open.host,
-            gtime_source: open.gtime_source,
+            gtime_source: open.gtime.source,
+            stamps,
+            opened_lead: bracket.lead(),
             vtime_cpu,
             opened,
             baseline,
@@ -146,10 +172,15 @@ impl Account {
         let kvm_stats = self.kvm_stats.as_ref().and_then(|file| file.try_clone().ok());
         let probes = Probes::open(self.tid, kvm_stats);
         let raw = probes.and_then(|mut probes| probes.read(Depth::Full));
-        let now = Instant::now();
+        let (bracket, stamps) = self.instant();
+        let end = Closed {
+            raw: raw.unwrap_or(self.baseline),
+            bracket,
+            stamps,
+        };
         // In this order: whoever sees the end sees its instant too.
-        let _ = self.closed.set((now, raw.unwrap_or(self.baseline)));
-        writer.end(now.ticks);
+        let _ = self.closed.set(end);
+        writer.end(bracket.now.ticks);
     }
 
     /// A reading, the running slice included. May be called from any thread of this process, at any rate.
@@ -182,7 +213,7 @@ impl Account {
     /// [`Account::read`], costs no system call, and no figure is ever smaller than in an earlier answer.
     pub fn histograms(&self) -> Histograms {
         let mut books = self.books();
-        let now = self.closed.get().map_or_else(Instant::now, |&(closed, _)| closed);
+        let now = self.closed.get().map_or_else(Instant::now, |end| end.bracket.now);
         // Else the writer outran every try: the last answer is of one instant too.
         if let Some(h) = self.vtime.histograms() {
             let scale = Scale::of(self.opened, now);
@@ -220,31 +251,51 @@ impl Account {
     }
 
     fn take(&self, books: &mut Books, depth: Depth) -> Option<Taken> {
-        let (raw, snapshot, now) = match self.closed.get() {
-            Some(&(closed, raw)) => (raw, self.vtime.snapshot()?, closed),
+        let (raw, snapshot, (bracket, stamps)) = match self.closed.get() {
+            Some(end) => (end.raw, self.vtime.snapshot()?, (end.bracket, end.stamps)),
             None => {
                 let raw = books.probes.read(depth).ok()?;
-                (raw, self.vtime.snapshot()?, Instant::now())
+                (raw, self.vtime.snapshot()?, self.instant())
             }
         };
-        let scale = Scale::of(self.opened, now);
-        let inputs = self.inputs(&snapshot, now, scale, &raw);
+        let scale = Scale::of(self.opened, bracket.now);
+        let inputs = self.inputs(&snapshot, bracket.now, scale, &raw);
         let at = books.split.presence(&inputs);
+        // Where KVM_RUN was entered and left, or entered long ago, the tracepoints have been passed, or never will be.
+        let entered = inputs.state == State::Guest && inputs.slice_ns > SILENT_NS;
+        let bpf = stamps.filter(|time| time.sequence > 0 || (snapshot.guest == 0 && !entered));
+        let bpf = bpf.map(|time| stamped(time, &bracket, self.opened_lead, inputs.elapsed_ns));
         Some(Taken {
             raw,
             snapshot,
             scale,
             inputs,
             at,
-            claims: [None, claims::vtime(&inputs, &at), Some(claims::oncpu(&inputs, &at))],
+            claims: [
+                bpf.map(Into::into),
+                claims::vtime(&inputs, &at),
+                Some(claims::oncpu(&inputs, &at)),
+            ],
         })
+    }
+
+    /// This instant, and BPF's stamps at it.
+    fn instant(&self) -> (Bracket, Option<GuestTime>) {
+        match &self.stamps {
+            Ok(tracked) => Bracket::around(tracked),
+            Err(_) => (Bracket::now(), None),
+        }
     }
 
     fn publish(&self, books: &mut Books, taken: &Taken) -> Reading {
         let Taken { snapshot, inputs, .. } = taken;
         let claim = self.gtime_source.choose(&taken.claims);
         let answer = taken.at.with_guest(inputs, claim.point_ns);
-        let modes = books.ledger.publish(inputs.elapsed_ns, answer.modes, ledger::EXACT);
+        let exact = match claim.source {
+            Source::Bpf => ledger::EXACT_WITH_GUEST,
+            Source::Vtime | Source::Oncpu => ledger::EXACT,
+        };
+        let modes = books.ledger.publish(inputs.elapsed_ns, answer.modes, exact);
         let elapsed_ns = books.ledger.elapsed_ns();
         Reading {
             index: self.index,
@@ -378,7 +429,7 @@ mod tests {
                 kvm_stats: None,
                 pinned: None,
                 host,
-                gtime_source: GtimeSource::Auto,
+                gtime: Gtime::default(),
             };
             let (mut writer, account) = Account::open(open).expect("own probes");
             tell.send(Arc::clone(&account)).expect("the test listens");

@@ -12,7 +12,7 @@ use accounting::clock::ticks;
 use accounting::host::HostCpus;
 use accounting::probe::{Depth, Probes, parse_stat};
 use accounting::vtime::{ExitReason, vtime};
-use accounting::{Account, GtimeSource, Open};
+use accounting::{Account, Gtime, Open};
 use serde_json::json;
 
 /// Rounds of one row. Each times both sides, one after the other; the ratio is of their medians, which a few rounds
@@ -58,7 +58,7 @@ fn main() {
             kvm_stats: None,
             pinned: None,
             host,
-            gtime_source: GtimeSource::Auto,
+            gtime: Gtime::default(),
         })
         .expect("the probes can be read");
         writer.resume();

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use accounting::clock::ticks;
 use accounting::host::HostCpus;
-use accounting::{Account, GtimeSource, Reading};
+use accounting::{Account, Gtime, Reading};
 use anyhow::Result;
 use vcpu::{ExitHandler, Vcpu, VcpuConfig, VcpuEnd};
 
@@ -61,6 +61,14 @@ impl Guest {
     /// # Errors
     /// What KVM, or the vCPU, refused.
     pub fn new(program: &Program, pin: Option<u32>) -> Result<Self> {
+        Self::by(program, pin, Gtime::default())
+    }
+
+    /// As [`Guest::new`], guest time derived as `gtime` says.
+    ///
+    /// # Errors
+    /// What KVM, or the vCPU, refused.
+    pub fn by(program: &Program, pin: Option<u32>, gtime: Gtime) -> Result<Self> {
         let mut machine = Machine::new(program, 1)?;
         let (tell, events) = channel();
         let listener = Arc::new(Listener {
@@ -72,7 +80,7 @@ impl Guest {
             index: 0,
             pin,
             host: Arc::new(HostCpus::read()?),
-            gtime_source: GtimeSource::Auto,
+            gtime,
         };
         let vcpu = Vcpu::spawn(config, machine.vcpus.remove(0), listener.clone())?;
         // The vCPU is held, so no exit comes before this.

@@ -1,8 +1,10 @@
-//! Which source a reading's guest time is taken from.
+//! What a vCPU's guest time is to be derived from, prepared once for all vCPUs of a process.
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
+use crate::probe::bpf::Meter;
 use crate::reading::Source;
 use crate::split::Claim;
 
@@ -31,6 +33,51 @@ impl GtimeSource {
             .flatten()
             .find(allowed)
             .expect("oncpu is last, and always there")
+    }
+}
+
+/// A [`GtimeSource`], and what it needs of the host.
+#[derive(Clone, Debug, Default)]
+pub struct Gtime {
+    pub(super) source: GtimeSource,
+    pub(super) bpf: Bpf,
+}
+
+/// The BPF programs, or why there are none.
+#[derive(Clone, Debug)]
+pub(super) enum Bpf {
+    Attached(Arc<Meter>),
+    Absent(Arc<str>),
+}
+
+impl Default for Bpf {
+    fn default() -> Self {
+        Self::Absent("it was not asked for".into())
+    }
+}
+
+impl Gtime {
+    /// Prepares for `source`: attaches the BPF programs where it may be derived from theirs. They stay attached until the
+    /// last copy of this and the last account opened with it are gone.
+    #[must_use]
+    pub fn prepare(source: GtimeSource) -> Self {
+        let bpf = match source {
+            GtimeSource::Auto | GtimeSource::From(Source::Bpf) => match Meter::attach() {
+                Ok(meter) => Bpf::Attached(meter),
+                Err(error) => Bpf::Absent(error.to_string().into()),
+            },
+            GtimeSource::From(Source::Vtime | Source::Oncpu) => Bpf::default(),
+        };
+        Self { source, bpf }
+    }
+
+    /// Why source `bpf` was asked for, by name, and cannot be had.
+    #[must_use]
+    pub fn refused(&self) -> Option<&str> {
+        match (self.source, &self.bpf) {
+            (GtimeSource::From(Source::Bpf), Bpf::Absent(why)) => Some(why),
+            _ => None,
+        }
     }
 }
 
