@@ -8,4 +8,5 @@ pub mod bed;
 pub mod client;
 pub mod flat;
 pub mod terminal;
+pub mod trace;
 pub mod vm;

@@ -241,7 +241,8 @@ mod tests {
     #[test]
     fn each_instruction_is_encoded_as_the_instruction_set_says() {
         use Reg::{Fp, R0, R1, R2, R6, R7};
-        let cases: [(fn(&mut Assembler), [u8; 8]); 13] = [
+        type Write = fn(&mut Assembler);
+        let cases: [(Write, [u8; 8]); 13] = [
             (|a| a.mov(R6, R0), [0xbf, 0x06, 0, 0, 0, 0, 0, 0]),
             (|a| a.mov_imm(R0, -2), [0xb7, 0x00, 0, 0, 0xfe, 0xff, 0xff, 0xff]),
             (|a| a.add(R2, R1), [0x0f, 0x12, 0, 0, 0, 0, 0, 0]),
