@@ -15,7 +15,6 @@ pub enum Reg {
     R4 = 4,
     R6 = 6,
     R7 = 7,
-    R8 = 8,
     /// The frame pointer, read-only: the stack is the 512 bytes below it.
     Fp = 10,
 }

@@ -5,12 +5,13 @@
 //!
 //! ```text
 //!   bpf_get_ns_current_pid_tgid: not of our PID namespace, or not our process ──► done
-//!   now = bpf_ktime_get_ns
 //!   threads[tid]: not tracked ──────────────────────────────────────────────────► done
 //!   figures[index]
+//!   now = bpf_ktime_get_ns
 //! ```
 //!
-//! The clock is read at the same distance from the tracepoint in both, so that what precedes it cancels out of a slice.
+//! The clock is read at the same distance from the tracepoint in both, so that what precedes it cancels out of a slice;
+//! and last, right before publication, because until then a reader takes a slice that has ended for one that goes on.
 //! Then one opens a slice, unless one is open; the other closes it, if one is.
 //!
 //! Publication is the latch of [`crate::vtime`]: change *n* fills slot *n* mod 2 and then stores *n* as the sequence.
@@ -93,7 +94,7 @@ pub(super) struct Maps {
 
 /// The program that does `act` to the current thread's slice.
 pub(super) fn program(act: Act, identity: Identity, maps: Maps) -> Vec<Insn> {
-    use Reg::{Fp, R0, R1, R2, R3, R4, R6, R7, R8};
+    use Reg::{Fp, R0, R1, R2, R3, R4, R6, R7};
     let mut a = Assembler::default();
     let done = a.label();
 
@@ -108,10 +109,6 @@ pub(super) fn program(act: Act, identity: Identity, maps: Maps) -> Vec<Insn> {
     a.load_u32(R1, Fp, -4);
     a.jump_imm(When::NotEqual, R1, identity.tgid, done);
 
-    a.call(Function::KtimeGetNs);
-    let now = R6;
-    a.mov(now, R0);
-
     a.mov_map(R1, maps.threads);
     a.mov(R2, Fp);
     a.add_imm(R2, -8);
@@ -122,10 +119,12 @@ pub(super) fn program(act: Act, identity: Identity, maps: Maps) -> Vec<Insn> {
     a.mov(R2, R0);
     a.call(Function::MapLookupElem);
     a.jump_imm(When::Equal, R0, 0, done);
-    let figures = R7;
+    let figures = R6;
     a.mov(figures, R0);
+    a.call(Function::KtimeGetNs);
+    let now = R0;
 
-    let (sequence, slot, sum, began) = (R8, R2, R3, R4);
+    let (sequence, slot, sum, began) = (R7, R2, R3, R4);
     a.load_u64(sequence, figures, SEQUENCE);
     slot_of(&mut a, slot, figures, sequence);
     a.load_u64(sum, slot, SUM);
