@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -179,32 +180,32 @@ fn bpf_charges_a_guest_that_exits_all_the_time_what_the_tracer_saw() {
 
 #[test]
 fn bpf_counts_an_open_slice_live_with_no_transition() {
+    /// Longer than anything but a tickless guest stays in the guest at HZ=250.
+    const LONG_NS: u64 = 20_000_000;
     require_bed!(nohz_full);
     let meter = Meter::attach().expect("root, and the kvm module is loaded");
     let (guest, tid) = held(&Program::spin_forever());
     let tracked = meter.track(tid).expect("a vCPU thread of ours");
     guest.vcpu.resume();
-    let read = || {
-        // The clock first: what is read after it includes at least what was guest by then.
-        let now = monotonic_ns();
-        tracked.read().map(|time| (time, now))
-    };
     let begun = Instant::now();
     let mut first = None;
     loop {
-        assert!(begun.elapsed() < PATIENCE, "no slice of 20 ms");
-        let Some((time, now)) = read() else { continue };
+        assert!(begun.elapsed() < PATIENCE, "no slice of 20 ms: {:?}", tracked.read());
+        let now = monotonic_ns();
+        let Some(time) = tracked.read() else { continue };
+        if time.began_ns.is_none_or(|began| began > now) {
+            continue;
+        }
         match first {
-            Some((sequence, then, at)) if time.began_ns.is_some() && sequence == time.sequence => {
-                if now - then >= 20_000_000 {
-                    assert_eq!(time.at(now) - at, now - then);
+            Some((sequence, then, at)) if sequence == time.sequence => {
+                assert_eq!(time.at(now) - at, now - then, "it grows as the clock does");
+                if now - then >= LONG_NS {
                     break;
                 }
             }
-            _ => first = time.began_ns.map(|_| (time.sequence, now, time.at(now))),
+            _ => first = Some((time.sequence, now, time.at(now))),
         }
     }
-    println!("{:?}", tracked.read());
 }
 
 /// The BPF programs in the kernel, by id.
@@ -251,12 +252,28 @@ fn wait_until_gone(ids: &BTreeSet<u32>) {
     }
 }
 
+/// Set in the processes that a test starts, which run that same test.
+const INNER: &str = "CHRONOVISOR_TEST_INNER";
+
+/// `command`, given this program and the one test to run of it.
+fn this_test(command: &mut Command, name: &str) -> Child {
+    command
+        .args([name, "--exact", "--nocapture"])
+        .env(INNER, "1")
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("this program runs")
+}
+
+fn this_program() -> PathBuf {
+    std::env::current_exe().expect("procfs")
+}
+
 #[test]
 fn bpf_leaves_nothing_attached_when_its_meter_is_dropped_or_its_process_killed() {
-    const CHILD: &str = "CHRONOVISOR_TEST_ATTACH";
     require_bed!(nohz_full);
     let meter = Meter::attach().expect("root, and the kvm module is loaded");
-    if std::env::var_os(CHILD).is_some() {
+    if std::env::var_os(INNER).is_some() {
         println!("attached");
         sleep(PATIENCE);
         return;
@@ -267,12 +284,7 @@ fn bpf_leaves_nothing_attached_when_its_meter_is_dropped_or_its_process_killed()
     wait_until_gone(&ours);
 
     let name = "bpf_leaves_nothing_attached_when_its_meter_is_dropped_or_its_process_killed";
-    let mut child = Command::new(std::env::current_exe().expect("procfs"))
-        .args([name, "--exact", "--nocapture"])
-        .env(CHILD, "1")
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("this program runs");
+    let mut child = this_test(&mut Command::new(this_program()), name);
     let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
     assert!(lines.any(|line| line.expect("text").contains("attached")));
     let theirs = attached_by(&child.id().to_string());
@@ -280,6 +292,29 @@ fn bpf_leaves_nothing_attached_when_its_meter_is_dropped_or_its_process_killed()
     child.kill().expect("it runs");
     child.wait().expect("it is ours");
     wait_until_gone(&theirs);
+}
+
+#[test]
+fn bpf_knows_its_threads_inside_a_pid_namespace() {
+    require_bed!(nohz_full);
+    if std::env::var_os(INNER).is_some() {
+        assert_eq!(std::process::id(), 1, "the first process of its namespace");
+        let run = run(&Program::exit_storm(100), false);
+        assert!(
+            run.slices >= 100 && run.bpf > 0,
+            "{} slices, {} ns",
+            run.slices,
+            run.bpf
+        );
+        return;
+    }
+    let mut command = Command::new("busybox");
+    command
+        .args(["unshare", "--mount", "--pid", "--fork", "--mount-proc"])
+        .arg(this_program());
+    let child = this_test(&mut command, "bpf_knows_its_threads_inside_a_pid_namespace");
+    let output = child.wait_with_output().expect("it is ours");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
 /// Ticks from the vCPU's release to its report of `exits` exits.

@@ -194,6 +194,9 @@ pub struct GuestTime {
 
 impl GuestTime {
     /// Guest time up to `now_ns` (`CLOCK_MONOTONIC`), the open slice included, in nanoseconds.
+    ///
+    /// Read the clock, then the figures: what was guest by then is all in it. It may be ahead of a later one by the time
+    /// the program takes from its stamp to its publication, some ten instructions, since until then the slice looks open.
     #[must_use]
     pub fn at(self, now_ns: u64) -> u64 {
         let live = self.began_ns.map_or(0, |began| now_ns.saturating_sub(began));
