@@ -175,7 +175,7 @@ mod tests {
                 What::Entry,
             ),
             (
-                "          vcpu0-84      [001] ..... 5000000001: kvm_exit: vcpu 0 reason io rip 0x10013 info1 0x50c0210",
+                "          vcpu0-84      [001] ..... 5000000001: kvm_exit: vcpu 0 reason io rip 0x10013",
                 What::Exit,
             ),
             (

@@ -62,8 +62,8 @@ struct Run {
     gtime: u64,
 }
 
-/// At a tracepoint, probes run in the order they were registered in. So with one recording begun before the programs are
-/// attached and one after, each of the programs' stamps lies between the two recordings' stamps of the same event.
+/// At a tracepoint, probes run in the order they were registered in. So with one recording begun before the programs
+/// are attached and one after, each of the programs' stamps lies between the two recordings' stamps of the same event.
 fn run(program: &Program, traced: bool) -> Run {
     let (guest, tid) = held(program);
     let record = || traced.then(|| Trace::start(tid).expect("tracefs"));
@@ -119,8 +119,8 @@ fn run(program: &Program, traced: bool) -> Run {
         least += before.1.saturating_sub(after.0);
         most += after.1 - before.0;
     }
-    // The two pairs of clocks may each be as far apart as they were read, which scales with the share of the time that was
-    // guest: at most 1. Each stamp in nanoseconds is rounded down; 2 more a slice are the kernel's
+    // The two pairs of clocks may each be as far apart as they were read, which scales with the share of the time that
+    // was guest: at most 1. Each stamp in nanoseconds is rounded down; 2 more a slice are the kernel's
     // (Documentation/core-api/timekeeping.rst, ktime_get_mono_fast_ns: not quite monotone at an update).
     let slack = to_ns(from_apart + to_apart) + 3 * run.slices;
     run.bounds = Some([to_ns(least).saturating_sub(slack), to_ns(most) + slack]);

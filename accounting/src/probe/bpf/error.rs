@@ -11,8 +11,8 @@ use super::sys::LoadError;
 pub enum BpfError {
     /// `EPERM`.
     #[error(
-        "cannot {what}: {source}: it takes root in the initial user namespace, or CAP_BPF and CAP_PERFMON (CAP_SYS_ADMIN before \
-         Linux 5.8); no sysctl replaces them"
+        "cannot {what}: {source}: it takes root in the initial user namespace, or CAP_BPF and CAP_PERFMON (before Linux \
+         5.8, CAP_SYS_ADMIN); no sysctl replaces them"
     )]
     NoPrivilege {
         /// What was refused.
@@ -28,7 +28,8 @@ pub enum BpfError {
     },
     /// `ENOSYS`, or `EINVAL` without a word of the verifier's: a kernel without BPF, or older than Linux 5.7.
     #[error(
-        "cannot {what}: {source}: the kernel has no BPF (CONFIG_BPF_SYSCALL, CONFIG_BPF_EVENTS), or is older than Linux 5.7"
+        "cannot {what}: {source}: the kernel has no BPF (CONFIG_BPF_SYSCALL, CONFIG_BPF_EVENTS), or is older than \
+         Linux 5.7"
     )]
     Unsupported {
         /// What was refused.

@@ -3,8 +3,8 @@
 //! Encodings are those of the kernel's `Documentation/bpf/standardization/instruction-set.rst` (RFC 9669): eight bytes,
 //! `opcode, src:4 dst:4, offset:16, imm:32`, little-endian on x86. The low three bits of an opcode are its class.
 
-/// A register. `R0` is a call's result, `R1` to `R5` its arguments, which the call destroys; `R6` to `R9` survive it. Those
-/// that no program here uses are left out.
+/// A register. `R0` is a call's result, `R1` to `R5` its arguments, which the call destroys; `R6` to `R9` survive it.
+/// Those that no program here uses are left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Reg {

@@ -1,8 +1,8 @@
 //! The BPF probe: exact guest time of vCPU threads, from inside the kernel.
 //!
 //! KVM passes the tracepoint `kvm_entry` right before it enters the guest and `kvm_exit` after the guest has left. Two
-//! small programs run there, in the kernel, on the vCPU's own thread, and keep that vCPU's guest time in a page that this
-//! process has mapped:
+//! small programs run there, in the kernel, on the vCPU's own thread, and keep that vCPU's guest time in a page that
+//! this process has mapped:
 //!
 //! ```text
 //!   vCPU thread, in the kernel                      any thread of ours
@@ -12,29 +12,33 @@
 //!   sched_switch close it,      if one is
 //! ```
 //!
-//! It is exact with the tick stopped, on a host that samples, and whatever the guest does. A reader disturbs
-//! nobody: it reads memory. What it costs is two short programs an exit, so it is for those who ask for it.
+//! It is exact with the tick stopped, on a host that samples, and whatever the guest does. A reader disturbs nobody: it
+//! reads memory. What it costs is two short programs an exit, so it is for those who ask for it.
 //!
-//! *Why a second entry changes nothing.* KVM handles some exits without leaving its innermost loop (its "fast path") and
-//! enters again; `kvm_entry` is passed again, `kvm_exit` was not. The open slice goes on.
+//! *What a slice is.* From the stamp at `kvm_entry` to the stamp at `kvm_exit`: the guest's own time, and what the
+//! kernel does between tracepoint and guest on both sides, other users of these tracepoints included. On hardware
+//! that is a fraction of a microsecond an exit; in an emulator, microseconds.
+//!
+//! *Why a second entry changes nothing.* KVM handles some exits without leaving its innermost loop (its "fast path")
+//! and enters again; `kvm_entry` is passed again, `kvm_exit` was not. The open slice goes on.
 //!
 //! *Why `sched_switch`.* On AMD, Linux 6.1 passes `kvm_exit` only after interrupts and preemption are on again
 //! (`svm_handle_exit`), so a vCPU thread may be switched out between leaving the guest and the tracepoint. It cannot be
-//! switched out without having left the guest, so closing the slice there is right; the late `kvm_exit` then finds none.
-//! What is left of that gap counts as guest: the handling of interrupts that were pending at the exit.
+//! switched out without having left the guest, so closing the slice there is right; the late `kvm_exit` then finds
+//! none. What is left of that gap counts as guest: the handling of interrupts that were pending at the exit.
 //!
 //! *How it ends.* Programs, links and maps live as long as their descriptors. They go when the [`Meter`] is dropped or
 //! the process ends, however it ends: nothing stays behind, and nothing has to be cleaned up. While attached, the link
 //! holds a reference on the kvm module.
 //!
-//! *What it needs.* Linux 5.7; root, or `CAP_BPF` with `CAP_PERFMON` (before Linux 5.8, `CAP_SYS_ADMIN`); the kvm module
-//! loaded. `kernel.unprivileged_bpf_disabled` makes no difference, since it is about programs of other types. Neither does
-//! kernel lockdown: it denies programs the reading of kernel memory, and these read none. No tracefs, no BTF, no
-//! compiler. A KVM backend that passes no tracepoints leaves every [`GuestTime::sequence`] at 0.
+//! *What it needs.* Linux 5.7; root, or `CAP_BPF` with `CAP_PERFMON` (before Linux 5.8, `CAP_SYS_ADMIN`); the kvm
+//! module loaded. `kernel.unprivileged_bpf_disabled` makes no difference, since it is about programs of other types.
+//! Neither does kernel lockdown: it denies programs the reading of kernel memory, and these read none. No tracefs, no
+//! BTF, no compiler. A KVM backend that passes no tracepoints leaves every [`GuestTime::sequence`] at 0.
 //!
 //! *Clocks.* Stamps are `CLOCK_MONOTONIC`, the clock that BPF has; it runs at the rate that NTP gives it, up to 500 ppm
-//! off `CLOCK_MONOTONIC_RAW`, which readings are told in. The caller converts: both clocks over the same span of time give
-//! the ratio.
+//! off `CLOCK_MONOTONIC_RAW`, which readings are told in. The caller converts: both clocks over the same span of time
+//! give the ratio.
 
 mod error;
 mod insn;
@@ -62,7 +66,8 @@ const PROGRAMS: [(&str, Act, &CStr); 3] = [
     ("cv_sched_switch", Act::Close, c"sched_switch"),
 ];
 
-/// The attached programs. One is enough for a process, and all its vCPUs.
+/// The attached programs. One is enough for a process, and all its vCPUs; a process that forks attaches afterwards, for
+/// the programs know it by its id.
 ///
 /// ```no_run
 /// use accounting::probe::bpf::Meter;
@@ -83,8 +88,8 @@ pub struct Meter {
     figures: FiguresMap,
     /// Detach when closed.
     _links: [OwnedFd; PROGRAMS.len()],
-    /// Indices nobody uses, the one given up last at the end. A program that found the thread of an index just given up may
-    /// still be writing its figures, for the microsecond it takes; so that index is taken again last.
+    /// Indices nobody uses, the one given up last at the end. A program that found the thread of an index just given up
+    /// may still be writing its figures, for the microsecond it takes; so that index is taken again last.
     free: Mutex<VecDeque<u32>>,
 }
 
@@ -184,7 +189,8 @@ impl Drop for Tracked {
 /// What the programs know of a vCPU thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GuestTime {
-    /// How many slices were opened, plus how many were closed; odd while in the guest. 0: no tracepoint was passed so far.
+    /// How many slices were opened, plus how many were closed; odd while in the guest. 0: no tracepoint was passed so
+    /// far.
     pub sequence: u64,
     /// Closed slices, in nanoseconds of `CLOCK_MONOTONIC`.
     pub sum_ns: u64,
@@ -195,8 +201,9 @@ pub struct GuestTime {
 impl GuestTime {
     /// Guest time up to `now_ns` (`CLOCK_MONOTONIC`), the open slice included, in nanoseconds.
     ///
-    /// Read the clock, then the figures: what was guest by then is all in it. It may be ahead of a later one by the time
-    /// the program takes from its stamp to its publication, some ten instructions, since until then the slice looks open.
+    /// Read the clock, then the figures: what was guest by then is all in it. It may be ahead of a later one by the
+    /// time the program takes from its stamp to its publication, some ten instructions, since until then the slice
+    /// looks open.
     #[must_use]
     pub fn at(self, now_ns: u64) -> u64 {
         let live = self.began_ns.map_or(0, |began| now_ns.saturating_sub(began));

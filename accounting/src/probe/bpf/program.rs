@@ -15,9 +15,10 @@
 //! Then one opens a slice, unless one is open; the other closes it, if one is.
 //!
 //! Publication is the latch of [`crate::vtime`]: change *n* fills slot *n* mod 2 and then stores *n* as the sequence.
-//! BPF has no fences (and store-release only since Linux 6.15), and needs none here: x86 makes one processor's plain stores visible in program
-//! order (Intel SDM vol. 3, 10.2.2; AMD APM vol. 2, 7.2), and the kernel's compiler for BPF reorders nothing. A thread's
-//! changes come from one processor at a time, the scheduler ordering one before the next.
+//! BPF has no fences (and store-release only since Linux 6.15), and needs none here: x86 makes one processor's plain
+//! stores visible in program order (Intel SDM vol. 3, 10.2.2; AMD APM vol. 2, 7.2), and the kernel's compiler for BPF
+//! reorders nothing. A thread's changes come from one processor at a time, the scheduler ordering one before the next.
+//! A tracepoint calls its programs with preemption off, so `sched_switch` never comes in the middle of a change.
 
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU64;

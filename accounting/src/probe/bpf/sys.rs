@@ -1,7 +1,7 @@
 //! The `bpf(2)` system call: the six commands that [`super`] needs, and nothing of a library's.
 //!
-//! Each command's argument is one member of `union bpf_attr` (`include/uapi/linux/bpf.h`); the kernel takes a shorter one
-//! than it knows for one that ends in zeroes. Every descriptor it returns is closed by exec.
+//! Each command's argument is one member of `union bpf_attr` (`include/uapi/linux/bpf.h`); the kernel takes a shorter
+//! one than it knows for one that ends in zeroes. Every descriptor it returns is closed by exec.
 #![expect(unsafe_code, reason = "no safe wrapper for bpf(2) exists")]
 
 use std::ffi::CStr;
@@ -150,8 +150,8 @@ pub(super) unsafe fn update<V>(map: BorrowedFd<'_>, key: u32, value: &V, flags: 
         value: address(value),
         flags,
     };
-    // SAFETY: the command's attribute; the key is of the 4 bytes that all maps here have, the value of the map's size by
-    // the caller's promise, and both are alive.
+    // SAFETY: the command's attribute; the key is of the 4 bytes that all maps here have, the value of the map's size
+    // by the caller's promise, and both are alive.
     unsafe { bpf(MAP_UPDATE_ELEM, &attr) }.map(drop)
 }
 
