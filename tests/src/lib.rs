@@ -7,6 +7,7 @@
 pub mod bed;
 pub mod client;
 pub mod flat;
+pub mod interrupts;
 pub mod terminal;
 pub mod trace;
 pub mod vm;

@@ -1,16 +1,21 @@
 //! The laws of the ledger on a tickless CPU, in the emulated `nohz_full` host, under as much reading as that host can bear.
 
 use std::fs;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::scope;
+use std::thread::{scope, sleep};
 use std::time::{Duration, Instant};
 
-use accounting::host::tick_ns;
+use accounting::host::{HostCpus, tick_ns};
 use accounting::probe::{ThreadClock, Which, parse_stat};
-use accounting::reading::{Bounds, Reading, Source};
+use accounting::reading::{Bounds, Reading, Source, VcpuState};
 use accounting::{Account, Gtime, GtimeSource, laws};
-use tests::flat::{Guest, Program};
-use tests::require_bed;
+use libc::SIGUSR1;
+use tests::flat::{Guest, Machine, Program};
+use tests::vm::PATIENCE;
+use tests::{interrupts, require_bed};
+use vcpu::{ExitHandler, Vcpu, VcpuConfig, VcpuEnd};
+use vmm_sys_util::signal::Killable;
 
 /// The vCPU's, tickless and isolated.
 const CPU: u32 = 1;
@@ -29,7 +34,7 @@ fn storm(source: Source) -> Guest {
 #[derive(Default)]
 struct Seen {
     broken: Vec<String>,
-    widest_ns: u64,
+    widths_ns: Vec<u64>,
 }
 
 impl Seen {
@@ -43,7 +48,7 @@ impl Seen {
                 seen.broken.push(broken.to_string());
             }
             assert_eq!(reading.source, source, "{reading:#?}");
-            seen.widest_ns = seen.widest_ns.max(width(&reading));
+            seen.widths_ns.push(width(&reading));
             last = reading;
         }
         seen
@@ -94,7 +99,13 @@ impl StepsBack {
     }
 }
 
-fn no_law_is_broken(source: Source, readings: u32) -> u64 {
+/// How far bounds are apart, in nanoseconds.
+struct Widths {
+    of_99_in_100: u64,
+    widest: u64,
+}
+
+fn no_law_is_broken(source: Source, readings: u32) -> Widths {
     let guest = storm(source);
     let tid = guest.read().tid;
     let over = AtomicBool::new(false);
@@ -109,13 +120,18 @@ fn no_law_is_broken(source: Source, readings: u32) -> u64 {
     });
     let last = guest.read();
     let [one, other] = seen;
-    let widest_ns = one.widest_ns.max(other.widest_ns);
+    let mut widths_ns = [one.widths_ns, other.widths_ns].concat();
+    widths_ns.sort_unstable();
+    let at = |per_mille: usize| widths_ns[(widths_ns.len() - 1) * per_mille / 1000];
+    let widest_ns = at(1000);
     println!(
-        "source {}: {readings} readings in {:.1} s over {} exits: {} broke a law; bounds at most {widest_ns} ns apart",
+        "source {}: {readings} readings in {:.1} s over {} exits: {} broke a law; bounds {} ns apart as a rule, {} in 99 of 100, {widest_ns} at most",
         source.name(),
         begun.elapsed().as_secs_f64(),
         last.exits.total,
         one.broken.len() + other.broken.len(),
+        at(500),
+        at(990),
     );
     println!(
         "the kernel's own figures in {} reads of the same run: raw VIRT stepped back {} times, PROF {}, /proc gtime {}, SCHED {}",
@@ -128,18 +144,151 @@ fn no_law_is_broken(source: Source, readings: u32) -> u64 {
         broken.len(),
         broken[0]
     );
-    widest_ns
+    Widths {
+        of_99_in_100: at(990),
+        widest: widest_ns,
+    }
 }
 
 #[test]
 fn no_law_is_broken_in_half_a_million_readings_of_an_exit_storm_by_vtime_and_the_bounds_stay_narrow() {
     require_bed!(nohz_full);
-    let widest_ns = no_law_is_broken(Source::Vtime, 500_000);
-    assert!(widest_ns <= 2 * tick_ns() + STAT_UNIT_NS, "{widest_ns} ns");
+    let widths = no_law_is_broken(Source::Vtime, 500_000);
+    let limit_ns = 2 * tick_ns() + STAT_UNIT_NS;
+    assert!(widths.widest <= limit_ns, "{} ns of {limit_ns} ns", widths.widest);
 }
 
 #[test]
 fn no_law_is_broken_in_readings_of_an_exit_storm_by_bpf() {
     require_bed!(nohz_full);
-    no_law_is_broken(Source::Bpf, 100_000);
+    let widths = no_law_is_broken(Source::Bpf, 100_000);
+    // Not the widest: three threads read at full speed on two CPUs, so now and then one is held up in mid-reading, and what
+    // the guest did meanwhile is not known to it.
+    assert!(widths.of_99_in_100 < 20_000, "{} ns", widths.of_99_in_100);
+}
+
+/// Interrupts of the vCPU's CPU meanwhile: of its timer, and function calls from other CPUs.
+fn interrupts_during(what: impl FnOnce()) -> (u64, u64) {
+    let count = || ["LOC", "CAL"].map(|kind| interrupts::count(kind, CPU as usize));
+    let before = count();
+    what();
+    let [timer, calls] = count();
+    (timer - before[0], calls - before[1])
+}
+
+#[test]
+fn reading_at_full_speed_restarts_no_tick_and_interrupts_nobody() {
+    require_bed!(nohz_full);
+    const SPAN: Duration = Duration::from_secs(5);
+    for source in [Source::Vtime, Source::Bpf] {
+        let gtime = Gtime::prepare(GtimeSource::From(source));
+        let guest = Guest::by(&Program::spin_forever(), Some(CPU), gtime).unwrap_or_else(|error| panic!("{error:#}"));
+        guest.vcpu.resume();
+        while guest.read().modes.guest_ns < 200_000_000 {
+            sleep(Duration::from_millis(10));
+        }
+        let idle = interrupts_during(|| sleep(SPAN));
+        let (readings, account) = (AtomicU64::new(0), guest.vcpu.account());
+        let read = interrupts_during(|| {
+            let begun = Instant::now();
+            let reader = || {
+                while begun.elapsed() < SPAN {
+                    let reading = account.read();
+                    assert_eq!((reading.state, reading.source), (VcpuState::Guest, source));
+                    readings.fetch_add(1, Ordering::Relaxed);
+                }
+            };
+            scope(|scope| {
+                scope.spawn(reader);
+                scope.spawn(reader);
+            });
+        });
+        println!(
+            "source {}: {} readings in 5 s; local timer interrupts and function calls: {read:?}, with nobody reading {idle:?}",
+            source.name(),
+            readings.into_inner(),
+        );
+        let ticks = 5_000_000_000 / tick_ns();
+        assert!(read.0 * 100 < ticks * 2, "the tick ran: {} of {ticks}", read.0);
+        assert!(
+            read.1 <= idle.1,
+            "{} function calls, {} with nobody reading",
+            read.1,
+            idle.1
+        );
+    }
+}
+
+/// Counts the exits it handles; hands nothing on.
+#[derive(Default)]
+struct Count(AtomicU64);
+
+impl ExitHandler for Count {
+    fn io_read(&self, _: u16, _: &mut [u8]) {}
+    fn io_write(&self, _: u16, _: &[u8]) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    fn mmio_read(&self, _: u64, _: &mut [u8]) {}
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn ended(&self, _: u32, _: VcpuEnd) {}
+}
+
+static HOLD: AtomicBool = AtomicBool::new(false);
+
+/// Holds the thread that the signal interrupts for as long as `HOLD` says, wherever it is.
+extern "C" fn hold(_: i32) {
+    while HOLD.load(Ordering::Acquire) {
+        std::hint::spin_loop();
+    }
+}
+
+#[test]
+fn a_reader_that_is_stopped_in_mid_reading_delays_neither_the_vcpu_nor_its_end() {
+    require_bed!(nohz_full);
+    signal_handler(hold);
+    let mut machine = Machine::new(&Program::exit_storm(0), 1).expect("a machine");
+    let config = VcpuConfig {
+        index: 0,
+        pin: Some(CPU),
+        host: Arc::new(HostCpus::read().expect("sysfs")),
+        gtime: Gtime::default(),
+    };
+    let counted = Arc::new(Count::default());
+    let mut vcpu = Vcpu::spawn(config, machine.vcpus.remove(0), counted.clone()).expect("a vCPU");
+    vcpu.resume();
+    let (account, over) = (vcpu.account().clone(), Arc::new(AtomicBool::new(false)));
+    let reader = {
+        let over = over.clone();
+        std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                let _ = account.read();
+            }
+        })
+    };
+    for round in 0..20 {
+        sleep(Duration::from_millis(20 + round % 7));
+        HOLD.store(true, Ordering::Release);
+        reader.kill(SIGUSR1).expect("the reader is there");
+        // Most of its time a reader is inside of a reading, with the readers' lock: so it is held there, mostly.
+        sleep(Duration::from_millis(10));
+        let (before, begun) = (counted.0.load(Ordering::Relaxed), Instant::now());
+        while counted.0.load(Ordering::Relaxed) < before + 100 {
+            assert!(begun.elapsed() < PATIENCE, "the vCPU waits for the reader");
+            sleep(Duration::from_millis(1));
+        }
+        if round == 19 {
+            // Held still, and the vCPU ends all the same.
+            vcpu.stop();
+        }
+        HOLD.store(false, Ordering::Release);
+    }
+    over.store(true, Ordering::Relaxed);
+    reader.join().expect("the reader");
+}
+
+#[expect(unsafe_code, reason = "a signal handler")]
+fn signal_handler(handler: extern "C" fn(i32)) {
+    // SAFETY: the handler only loads an atomic, which is safe in a signal handler.
+    let before = unsafe { libc::signal(SIGUSR1, handler as libc::sighandler_t) };
+    assert_ne!(before, libc::SIG_ERR);
 }

@@ -10,6 +10,7 @@ use accounting::probe::parse_stat;
 use accounting::reading::{Source, VcpuState};
 use tests::bed::Folder;
 use tests::flat::{Program, elf};
+use tests::interrupts;
 use tests::require_bed;
 use tests::vm::Vm;
 
@@ -21,19 +22,6 @@ fn flat(folder: &Folder, program: &Program) -> Vm {
     Vm::run(["--kernel", &kernel, "--mem", "16M", "--pin", &CPU.to_string()])
 }
 
-/// How many local timer interrupts the CPU has had: the LOC line of /proc/interrupts.
-fn local_timer_interrupts() -> u64 {
-    let text = fs::read_to_string("/proc/interrupts").expect("procfs");
-    let line = text
-        .lines()
-        .find_map(|l| l.trim_start().strip_prefix("LOC:"))
-        .expect("the LOC line");
-    line.split_whitespace()
-        .nth(CPU)
-        .and_then(|n| n.parse().ok())
-        .expect("a figure for each CPU")
-}
-
 #[test]
 fn a_guest_that_spins_on_a_tickless_cpu_is_charged_as_guest_while_read_and_its_tick_stays_stopped() {
     require_bed!(nohz_full);
@@ -42,7 +30,7 @@ fn a_guest_that_spins_on_a_tickless_cpu_is_charged_as_guest_while_read_and_its_t
     vm.wait_until("the guest spins", |vm| vm.reading().modes.guest_ns > 200_000_000);
 
     let stat = format!("/proc/{}/task/{}/stat", vm.process.id(), vm.reading().tid);
-    let (ticks_before, begun, first) = (local_timer_interrupts(), Instant::now(), vm.reading());
+    let (ticks_before, begun, first) = (interrupts::count("LOC", CPU), Instant::now(), vm.reading());
     let mut last = first.clone();
     let mut readings = 0;
     while begun.elapsed() < Duration::from_secs(2) {
@@ -67,7 +55,7 @@ fn a_guest_that_spins_on_a_tickless_cpu_is_charged_as_guest_while_read_and_its_t
         sleep(Duration::from_millis(10));
     }
     let seconds = begun.elapsed().as_secs_f64();
-    let ticks = local_timer_interrupts() - ticks_before;
+    let ticks = interrupts::count("LOC", CPU) - ticks_before;
 
     let hz = 1e9 / f64::from(u32::try_from(tick_ns()).expect("less than 4 s"));
     println!("{readings} readings in {seconds:.2} s; {ticks} local timer interrupts at {hz} Hz");

@@ -4,20 +4,10 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_setaffinity};
-use tests::require_bed;
+use tests::{interrupts, require_bed};
 
 /// The CPU that the suites of this bed use.
 const CPU: usize = 1;
-
-/// Local timer interrupts on `CPU` so far.
-fn local_timer_interrupts() -> u64 {
-    let interrupts = fs::read_to_string("/proc/interrupts").unwrap();
-    let loc = interrupts
-        .lines()
-        .find(|line| line.trim_start().starts_with("LOC:"))
-        .unwrap();
-    loc.split_whitespace().nth(1 + CPU).unwrap().parse().unwrap()
-}
 
 #[test]
 fn cpus_1_and_2_are_tickless_and_isolated() {
@@ -51,9 +41,9 @@ fn the_tick_stops_while_a_thread_spins() {
         sched_setaffinity(None, &cpus).unwrap();
         // The tick stops once the kernel has seen that this thread is alone.
         spin(Duration::from_millis(100));
-        let before = local_timer_interrupts();
+        let before = interrupts::count("LOC", CPU);
         spin(Duration::from_secs(1));
-        local_timer_interrupts() - before
+        interrupts::count("LOC", CPU) - before
     });
     let ticks = ticks.join().unwrap();
     // HZ is at least 100: with a tick there would be 100 or more. Without, the residual one a second and the odd timer.

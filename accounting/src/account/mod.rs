@@ -232,18 +232,18 @@ impl Account {
     }
 
     /// Takes one instant's figures, again if this thread was held up meanwhile: upper bounds are as loose as the probes
-    /// are old.
+    /// are old, and what the vCPU thread was seen to do before may not be what it has done since.
     fn take_closely(&self, books: &mut Books) -> Option<Taken> {
         const TRIES: usize = 3;
         let depth = if self.vtime_cpu { Depth::Utime } else { Depth::Lean };
         let mut closest: Option<Taken> = None;
         for _ in 0..TRIES {
             let taken = self.take(books, depth)?;
-            let age_ns = taken.inputs.age_ns;
-            if closest.as_ref().is_none_or(|closest| age_ns < closest.inputs.age_ns) {
+            let took_ns = taken.took_ns;
+            if closest.as_ref().is_none_or(|closest| took_ns < closest.took_ns) {
                 closest = Some(taken);
             }
-            if age_ns < self.tick_ns / 8 {
+            if took_ns < self.tick_ns / 16 {
                 break;
             }
         }
@@ -266,6 +266,7 @@ impl Account {
         let bpf = stamps.filter(|time| time.sequence > 0 || (snapshot.guest == 0 && !entered));
         let bpf = bpf.map(|time| stamped(time, &bracket, self.opened_lead, inputs.elapsed_ns));
         Some(Taken {
+            took_ns: scale.to_ns(bracket.now.ticks.saturating_sub(raw.begun_at)),
             raw,
             snapshot,
             scale,
@@ -381,6 +382,8 @@ impl Account {
 /// One instant's figures, before anything is published.
 #[derive(Clone, Copy, Debug)]
 struct Taken {
+    /// From the first probe to the instant, in nanoseconds.
+    took_ns: u64,
     raw: Raw,
     snapshot: Snapshot,
     scale: Scale,

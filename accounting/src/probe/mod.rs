@@ -31,6 +31,8 @@ use crate::host::tick_ns;
 /// What the kernel says of a thread, read one probe after the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Raw {
+    /// When the first probe was read, in TSC ticks.
+    pub begun_at: u64,
     /// Time on a CPU before anything else was read, in nanoseconds.
     pub sched_before_ns: u64,
     /// Time on a CPU, in nanoseconds; read last.
@@ -125,6 +127,7 @@ impl Probes {
     /// # Errors
     /// The probe by name, and what the system said; `ESRCH` or `EINVAL` when the thread is gone.
     pub fn read(&mut self, depth: Depth) -> Result<Raw, (&'static str, io::Error)> {
+        let begun_at = clock::ticks();
         let sched_before_ns = self.sched_ns()?;
         let run_delay_ns = match &self.schedstat {
             Some(file) => {
@@ -160,6 +163,7 @@ impl Probes {
             }
         };
         Ok(Raw {
+            begun_at,
             sched_before_ns,
             sched_ns,
             sched_read_at,
