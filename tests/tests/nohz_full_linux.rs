@@ -17,10 +17,10 @@ fn a_guest_that_spins_and_then_sleeps_is_read_as_guest_and_then_as_halted() {
     require_bed!(nohz_full);
     let mut vm = Vm::debian("spin:3000,sleep:3000,poweroff", ["--pin", "auto"]);
     vm.process.wait_for(&phase("spin"));
-    let spin = grown_over(&mut vm, 150);
+    let spin = grown_over(&mut vm, 1_500);
     assert!(leads(spin, spin.guest_ns), "while it spins: {spin:?}");
     vm.process.wait_for(&phase("sleep"));
-    let sleep = grown_over(&mut vm, 150);
+    let sleep = grown_over(&mut vm, 1_500);
     assert!(leads(sleep, sleep.halted_ns), "while it sleeps: {sleep:?}");
     let reading = vm.reading();
     assert_eq!((reading.source, reading.host_cpu.pinned), (Source::Vtime, true));
@@ -29,15 +29,16 @@ fn a_guest_that_spins_and_then_sleeps_is_read_as_guest_and_then_as_halted() {
     assert_eq!(status.code(), Some(0), "{stderr}");
 }
 
-/// What the modes grew by over so many readings, 10 ms apart.
-fn grown_over(vm: &mut Vm, readings: usize) -> Modes {
+/// What the modes grew by over so many milliseconds of the vCPU's own time, however long the readings take.
+fn grown_over(vm: &mut Vm, ms: u64) -> Modes {
     let first = vm.reading();
-    let mut last = first.clone();
-    for _ in 0..readings {
+    loop {
         std::thread::sleep(std::time::Duration::from_millis(10));
-        last = vm.reading();
+        let last = vm.reading();
+        if last.elapsed_ns - first.elapsed_ns >= ms * 1_000_000 {
+            return grown(&first, &last);
+        }
     }
-    grown(&first, &last)
 }
 
 fn grown(first: &Reading, last: &Reading) -> Modes {
