@@ -149,7 +149,7 @@ fn a_pause_through_the_api_is_paused_time_and_a_resume_ends_it() {
         }
     );
     assert_eq!(vm.ask("PATCH", "/vm", Some(r#"{"state": "Resumed"}"#)).status, 204);
-    let run = grown_over(&mut vm, 50);
+    let run = grown_over(&mut vm, 500);
     assert!(leads(run, run.guest_ns), "after the pause: {run:?}");
 }
 
