@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use accounting::GtimeSource;
 use anyhow::{Context, Result};
 use vmm::config::{BootSource, HugePages, MachineConfig};
-use vmm::{Action, Options, Vmm, VmmHandle};
+use vmm::{Action, ActionError, Options, Vmm, VmmHandle};
 
 use crate::cli::{Run, Serve};
 use crate::console::{self, Typing};
@@ -30,6 +30,8 @@ struct Plan {
     /// What to configure, and then to start at once; `None`: the API's clients do both.
     configure: Option<Vec<Action>>,
     gtime_source: GtimeSource,
+    /// Puts what is wrong with that in its user's words.
+    in_words: fn(&ActionError) -> String,
     on_reboot: OnReboot,
 }
 
@@ -42,9 +44,8 @@ pub fn run(args: Run) -> Result<u8> {
     let machine = MachineConfig {
         vcpu_count: args.cpus,
         mem_size_mib: args.mem,
-        smt: false,
-        track_dirty_pages: false,
         huge_pages: HugePages::Transparent,
+        ..MachineConfig::default()
     };
     let boot = BootSource {
         kernel_image_path: args.kernel,
@@ -62,6 +63,7 @@ pub fn run(args: Run) -> Result<u8> {
             Action::SetPinning(args.pin),
         ]),
         gtime_source: args.gtime.source,
+        in_words: by_flag,
         on_reboot: OnReboot::Report,
     })
 }
@@ -98,8 +100,24 @@ pub fn serve(args: Serve) -> Result<u8> {
         },
         configure,
         gtime_source: args.gtime.source,
+        in_words: ToString::to_string,
         on_reboot: OnReboot::Succeed,
     })
+}
+
+/// The VMM speaks of fields of the API; who typed `run` knows its flags.
+fn by_flag(error: &ActionError) -> String {
+    let flag = |word: &str| {
+        let name = word.trim_end_matches([',', ';', ':']);
+        let flag = match name {
+            "mem_size_mib" => "--mem",
+            "vcpu_count" => "--cpus",
+            _ => name,
+        };
+        format!("{flag}{}", &word[name.len()..])
+    };
+    let line = error.to_string();
+    line.split(' ').map(flag).collect::<Vec<_>>().join(" ")
 }
 
 fn launch(plan: Plan) -> Result<u8> {
@@ -128,7 +146,9 @@ fn launch(plan: Plan) -> Result<u8> {
     // A guest given on the command line is started before the API is served: nobody configures it in between.
     if let Some(actions) = plan.configure {
         for action in actions.into_iter().chain([Action::Start]) {
-            handle.request(action)?;
+            handle
+                .request(action)
+                .map_err(|error| anyhow::Error::msg((plan.in_words)(&error)))?;
         }
         session.open_console();
     }
@@ -196,5 +216,28 @@ impl Session {
             Asked::Escape => exit::INTERNAL,
         };
         std::process::exit(status.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm::memory::MemoryError;
+
+    use super::*;
+
+    #[test]
+    fn who_typed_flags_is_told_of_flags() {
+        let refusal = |error: MemoryError| by_flag(&ActionError::Start(error.into()));
+        let too_much = refusal(MemoryError::MoreThanHost {
+            asked_mib: 2049,
+            host_mib: 2048,
+        });
+        assert_eq!(
+            too_much,
+            "2049 MiB of guest memory are more than this host's 2048 MiB: lower --mem"
+        );
+        let source = std::io::ErrorKind::OutOfMemory.into();
+        let refused = refusal(MemoryError::Map { mib: 64, source });
+        assert!(refused.contains("; lower --mem, or raise"), "{refused}");
     }
 }
