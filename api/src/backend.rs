@@ -49,7 +49,7 @@ pub(crate) mod fake {
 
     use accounting::account::{Explanation, ProbeValues, SourceClaim};
     use accounting::reading::{Bounds, Exits, HostCpu, Mode, Modes, Pending, Source, VcpuState};
-    use vmm::config::{HugePages, MachineConfig, VmConfig};
+    use vmm::config::{MachineConfig, VmConfig};
     use vmm::{Info, RunState};
 
     use super::*;
@@ -102,10 +102,7 @@ pub(crate) mod fake {
         pub(crate) fn new(state: RunState) -> Self {
             let config = MachineConfig {
                 vcpu_count: 2,
-                mem_size_mib: 128,
-                smt: false,
-                track_dirty_pages: false,
-                huge_pages: HugePages::None,
+                ..MachineConfig::default()
             };
             Self {
                 state: Mutex::new((state, config)),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 pub use vcpu::pin::Pinning;
 
 /// Largest number of vCPUs.
@@ -25,6 +25,13 @@ pub struct MachineConfig {
     /// Huge pages behind guest memory.
     #[serde(default)]
     pub huge_pages: HugePages,
+    /// CPU features taken from the guest. As in Firecracker, `None` and no template are the same, and not shown.
+    #[serde(
+        default,
+        deserialize_with = "CpuTemplate::or_null",
+        skip_serializing_if = "CpuTemplate::is_none"
+    )]
+    pub cpu_template: CpuTemplate,
 }
 
 impl Default for MachineConfig {
@@ -36,6 +43,7 @@ impl Default for MachineConfig {
             smt: false,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
+            cpu_template: CpuTemplate::None,
         }
     }
 }
@@ -53,6 +61,9 @@ pub enum ConfigError {
     /// A field whose only value is its default.
     #[error("{0} is not supported yet: leave it out or set it to false")]
     Unsupported(&'static str),
+    /// A template of Firecracker's.
+    #[error("cpu_template {0:?} is not supported yet: leave it out or set it to \"None\"")]
+    CpuTemplate(CpuTemplate),
 }
 
 impl MachineConfig {
@@ -78,6 +89,9 @@ impl MachineConfig {
         if self.track_dirty_pages {
             return Err(ConfigError::Unsupported("track_dirty_pages"));
         }
+        if !self.cpu_template.is_none() {
+            return Err(ConfigError::CpuTemplate(self.cpu_template));
+        }
         Ok(())
     }
 
@@ -90,6 +104,7 @@ impl MachineConfig {
             smt: update.smt.unwrap_or(self.smt),
             track_dirty_pages: update.track_dirty_pages.unwrap_or(self.track_dirty_pages),
             huge_pages: update.huge_pages.unwrap_or(self.huge_pages),
+            cpu_template: update.cpu_template.unwrap_or(self.cpu_template),
         }
     }
 }
@@ -107,6 +122,39 @@ pub enum HugePages {
     Hugetlbfs2M,
 }
 
+/// Firecracker's static CPU templates, by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(
+    missing_docs,
+    reason = "Firecracker documents what each takes away; none is had here but None"
+)]
+pub enum CpuTemplate {
+    C3,
+    T2,
+    T2S,
+    T2CL,
+    T2A,
+    V1N1,
+    /// All that KVM supports on this host.
+    #[default]
+    None,
+}
+
+impl CpuTemplate {
+    #[expect(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "as serde's skip_serializing_if wants it"
+    )]
+    fn is_none(&self) -> bool {
+        *self == Self::None
+    }
+
+    /// Firecracker takes `null` for none.
+    fn or_null<'de, D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        Ok(Option::deserialize(from)?.unwrap_or_default())
+    }
+}
+
 /// `PATCH /machine-config`: the same fields, each optional.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -117,6 +165,7 @@ pub struct MachineConfigUpdate {
     pub smt: Option<bool>,
     pub track_dirty_pages: Option<bool>,
     pub huge_pages: Option<HugePages>,
+    pub cpu_template: Option<CpuTemplate>,
 }
 
 /// `/boot-source`.
@@ -177,6 +226,10 @@ mod tests {
         );
         assert!(refusal(|c| c.smt = true).starts_with("smt is not supported yet"));
         assert!(refusal(|c| c.track_dirty_pages = true).starts_with("track_dirty_pages is not supported yet"));
+        assert_eq!(
+            refusal(|c| c.cpu_template = CpuTemplate::T2CL),
+            "cpu_template T2CL is not supported yet: leave it out or set it to \"None\""
+        );
     }
 
     #[test]

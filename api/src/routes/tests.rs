@@ -48,6 +48,19 @@ async fn a_good_change_is_answered_204_with_no_body() {
             "/machine-config",
             r#"{"vcpu_count":1,"mem_size_mib":1,"smt":false,"track_dirty_pages":false,"huge_pages":"2M"}"#,
         ),
+        (
+            NotStarted,
+            "PUT",
+            "/machine-config",
+            r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":"None"}"#,
+        ),
+        (
+            NotStarted,
+            "PUT",
+            "/machine-config",
+            r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":null}"#,
+        ),
+        (NotStarted, "PATCH", "/machine-config", r#"{"cpu_template": "None"}"#),
         (NotStarted, "PATCH", "/machine-config", r#"{"vcpu_count": 2}"#),
         (
             NotStarted,
@@ -147,6 +160,13 @@ async fn a_bad_request_is_answered_400_with_a_fault_message_that_says_why() {
             "/machine-config",
             r#"{"vcpu_count":1,"mem_size_mib":1,"huge_pages":"1G"}"#,
             "unknown variant",
+        ),
+        (
+            NotStarted,
+            "PUT",
+            "/machine-config",
+            r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":"T3"}"#,
+            "unknown variant `T3`",
         ),
         (NotStarted, "PUT", "/machine-config", "{", JSON),
         (NotStarted, "PUT", "/machine-config", "[]", JSON),
