@@ -41,6 +41,8 @@ pub enum Warning {
         vcpu: u32,
         /// Its host CPU.
         cpu: u32,
+        /// The CPU that could be tickless for it.
+        tickless: Option<u32>,
     },
     /// The CPU is like any other: its tick goes on, and other tasks may run there.
     Shared {
@@ -48,6 +50,8 @@ pub enum Warning {
         vcpu: u32,
         /// Its host CPU.
         cpu: u32,
+        /// The CPU that could be tickless and isolated for it.
+        tickless: Option<u32>,
     },
     /// There are more vCPUs than CPUs, so none is pinned.
     TooFew {
@@ -58,19 +62,36 @@ pub enum Warning {
     },
 }
 
+/// CPU 0, the boot CPU, keeps the host's time and so its tick (Documentation/timers/no_hz.rst).
+const TIMEKEEPER: u32 = 0;
+const NO_OTHER: &str = "CPU 0 keeps the host's time and its tick, and no other is left for it: use fewer vCPUs, or a \
+                        host with more CPUs";
+
 impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ticks { vcpu, cpu } => write!(
-                f,
-                "vCPU {vcpu} is pinned to host CPU {cpu}, which is isolated but not nohz_full: its time is known \
-                 less exactly; boot the host with nohz_full={cpu}"
-            ),
-            Self::Shared { vcpu, cpu } => write!(
-                f,
-                "vCPU {vcpu} is pinned to host CPU {cpu}, which is neither nohz_full nor isolated: other tasks \
-                 may run there, and its time is known less exactly; boot the host with nohz_full={cpu} isolcpus={cpu}"
-            ),
+            Self::Ticks { vcpu, cpu, tickless } => {
+                write!(
+                    f,
+                    "vCPU {vcpu} is pinned to host CPU {cpu}, which is isolated but not nohz_full: its time is known \
+                     less exactly; "
+                )?;
+                match tickless {
+                    Some(cpu) => write!(f, "boot the host with nohz_full={cpu}"),
+                    None => f.write_str(NO_OTHER),
+                }
+            }
+            Self::Shared { vcpu, cpu, tickless } => {
+                write!(
+                    f,
+                    "vCPU {vcpu} is pinned to host CPU {cpu}, which is neither nohz_full nor isolated: other tasks \
+                     may run there, and its time is known less exactly; "
+                )?;
+                match tickless {
+                    Some(cpu) => write!(f, "boot the host with nohz_full={cpu} isolcpus={cpu}"),
+                    None => f.write_str(NO_OTHER),
+                }
+            }
             Self::TooFew { vcpus, cpus } => write!(
                 f,
                 "{vcpus} vCPUs but only {cpus} host CPUs: none is pinned; ask for at most {cpus} vCPUs \
@@ -195,11 +216,18 @@ fn auto(host: &HostCpus, vcpus: usize) -> Choice {
     }
     // A stable sort: within a kind, the lowest number first.
     usable.sort_by_key(|&cpu| (!host.is_nohz_full(cpu), !host.isolated.contains(&cpu)));
+    let spare = usable[vcpus..].iter().copied().find(|&cpu| cpu != TIMEKEEPER);
     usable.truncate(vcpus);
     let warning = |(vcpu, &cpu): (u32, &u32)| match (host.is_nohz_full(cpu), host.isolated.contains(&cpu)) {
         (true, _) => None,
-        (false, true) => Some(Warning::Ticks { vcpu, cpu }),
-        (false, false) => Some(Warning::Shared { vcpu, cpu }),
+        (false, isolated) => {
+            let tickless = if cpu == TIMEKEEPER { spare } else { Some(cpu) };
+            Some(if isolated {
+                Warning::Ticks { vcpu, cpu, tickless }
+            } else {
+                Warning::Shared { vcpu, cpu, tickless }
+            })
+        }
     };
     let warnings = (0..).zip(&usable).filter_map(warning).collect();
     Choice {
@@ -259,15 +287,34 @@ mod tests {
             auto_choice(3),
             (
                 vec![Some(2), Some(3), Some(5)],
-                vec![Warning::Ticks { vcpu: 2, cpu: 5 }]
+                vec![Warning::Ticks {
+                    vcpu: 2,
+                    cpu: 5,
+                    tickless: Some(5)
+                }]
             )
         );
         let (cpus, warnings) = auto_choice(5);
         assert_eq!(cpus, [2, 3, 5, 0, 1].map(Some));
         assert_eq!(
             warnings[1..],
-            [Warning::Shared { vcpu: 3, cpu: 0 }, Warning::Shared { vcpu: 4, cpu: 1 }]
+            [(3, 0, Some(4)), (4, 1, Some(1))].map(|(vcpu, cpu, tickless)| Warning::Shared { vcpu, cpu, tickless })
         );
+    }
+
+    #[test]
+    fn nobody_is_told_to_make_the_cpu_tickless_that_keeps_the_time() {
+        let line = |tickless| {
+            let warning = Warning::Shared {
+                vcpu: 0,
+                cpu: 0,
+                tickless,
+            };
+            warning.to_string()
+        };
+        let [other, none] = [Some(1), None].map(line);
+        assert!(other.ends_with("boot the host with nohz_full=1 isolcpus=1"), "{other}");
+        assert!(none.ends_with("use fewer vCPUs, or a host with more CPUs"), "{none}");
     }
 
     #[test]
