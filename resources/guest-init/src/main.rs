@@ -1,6 +1,6 @@
 //! The test guest's init: does what the kernel's command line says, and tells the console at each step.
 //!
-//! The first line is `chronovisor guest: init, N CPUs`; each step starts with `chronovisor guest: STEP`. See [`plan`] for
+//! The first line is `chronovisor guest: init, N CPUs` (or `1 CPU`); each step starts with `chronovisor guest: STEP`. See [`plan`] for
 //! what `chronovisor.do=` may hold; without it, a shell. It is linked statically, and expects /bin/busybox for its shell.
 
 mod plan;
@@ -21,7 +21,10 @@ fn main() {
     let _ = mount("sysfs", "/sys", "sysfs", MountFlags::empty(), None);
     let _ = mount("devtmpfs", "/dev", "devtmpfs", MountFlags::empty(), None);
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    println!("chronovisor guest: init, {cpus} CPUs");
+    println!(
+        "chronovisor guest: init, {cpus} CPU{}",
+        if cpus == 1 { "" } else { "s" }
+    );
 
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     match Plan::of_command_line(&command_line) {
