@@ -6,6 +6,7 @@
 
 pub mod bed;
 pub mod client;
+pub mod failure;
 pub mod flat;
 pub mod interrupts;
 pub mod terminal;

@@ -11,6 +11,7 @@ use accounting::{Reading, laws};
 
 use crate::bed::{self, Folder};
 use crate::client::{self, Response};
+use crate::flat::{Program, elf};
 
 /// How long anything may take before a test gives up: a guard, far above what the slowest bed needs.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -176,6 +177,19 @@ impl Vm {
             client::request(&vm.socket, "GET", "/", None).is_ok_and(|r| r.body["state"] == "Running")
         });
         vm
+    }
+
+    /// `chronovisor run` of a flat guest: `program` as its kernel.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn flat<'a>(program: &Program, arguments: impl IntoIterator<Item = &'a str>) -> Self {
+        let folder = Folder::new();
+        let kernel = folder.write("kernel", elf(program)).display().to_string();
+        let flat = ["--kernel".to_owned(), kernel, "--mem=16M".into()];
+        // The kernel is read once, at the start: its folder may go.
+        Self::run(flat.into_iter().chain(arguments.into_iter().map(Into::into)))
     }
 
     /// `chronovisor run` of Debian's kernel and our init, doing `what` (see `resources/guest-init`).

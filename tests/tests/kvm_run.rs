@@ -1,0 +1,69 @@
+//! `chronovisor run` of flat guests: how it ends, what it leaves behind, and what those who watch it see of that.
+
+use rustix::process::Signal;
+use tests::bed::Folder;
+use tests::failure::fails;
+use tests::flat::{Program, elf};
+use tests::require_bed;
+use tests::vm::{Process, Vm};
+
+#[test]
+fn a_triple_fault_has_its_word_and_its_status() {
+    require_bed!(kvm);
+    let folder = Folder::new();
+    let kernel = folder
+        .write("kernel", elf(&Program::triple_fault()))
+        .display()
+        .to_string();
+    fails(&["run", "--kernel", &kernel, "--mem", "16M"], 4, &["triple-faulted"]);
+}
+
+#[test]
+fn who_watches_a_guest_ends_in_good_order_with_it() {
+    require_bed!(kvm);
+    for flags in [&["--watch"][..], &["--watch", "--json"]] {
+        let vm = Vm::flat(&Program::spin_forever(), []);
+        let socket = vm.socket().display().to_string();
+        let watch = ["times", "--api-sock", &socket, "--interval", "20"];
+        let mut watch = Process::chronovisor(watch.iter().chain(flags));
+        watch.wait_for("guest");
+        vm.process.signal(Signal::TERM);
+        let (status, _, stderr) = watch.wait();
+        assert_eq!((status.code(), &*stderr), (Some(0), ""), "{flags:?}");
+    }
+}
+
+/// How many processes have `word` on their command line. A child forked off has its parent's.
+fn processes_with(word: &str) -> usize {
+    let processes = std::fs::read_dir("/proc").expect("procfs").flatten();
+    let command_lines = processes.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+    command_lines
+        .filter(|line| String::from_utf8_lossy(line).contains(word))
+        .count()
+}
+
+#[test]
+fn what_a_killed_one_leaves_behind_is_a_socket_which_is_reported_with_what_to_do() {
+    require_bed!(kvm);
+    let mut vm = Vm::flat(&Program::spin_forever(), []);
+    let socket = vm.socket().display().to_string();
+    assert_eq!(processes_with(&socket), 1, "it has no children");
+    vm.process.signal(Signal::KILL);
+    assert_eq!(vm.process.wait().0.code(), None, "killed");
+    assert_eq!(processes_with(&socket), 0);
+
+    let stale = [&*socket, "left behind by a process that has ended", "rm "];
+    fails(&["run", "--kernel", "any", "--api-sock", &socket], 1, &stale);
+    fails(&["--api-sock", &socket], 1, &stale);
+    // Another socket is another matter, and so is this one once what was said has been done.
+    drop(Vm::flat(&Program::spin_forever(), []));
+    std::fs::remove_file(&socket).expect("it is there still");
+    let mut server = Process::chronovisor(["--api-sock", &socket]);
+    let begun = std::time::Instant::now();
+    while tests::client::request(vm.socket(), "GET", "/", None).is_err() {
+        assert!(begun.elapsed() < tests::vm::PATIENCE, "{}", server.stderr());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait().0.code(), Some(128 + 15));
+}
