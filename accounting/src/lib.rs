@@ -33,12 +33,13 @@
 //! [`vtime`] holds what the VMM knows: wall time inside `KVM_RUN`, outside it, and paused. [`probe`] asks the
 //! kernel what it knows of the thread, by reads that disturb nobody. [`split`] makes modes and bounds of the
 //! two, and [`ledger`] publishes them so that they sum and never step back. [`account`] ties the four together;
-//! it is all a VMM needs to know.
+//! it is all a VMM needs to know. [`disturbance`] notices what on the host makes less of all this than was promised.
 //!
 //! Nothing here opens `/dev/kvm`, starts a lasting thread or speaks HTTP.
 
 pub mod account;
 pub mod clock;
+pub mod disturbance;
 pub mod host;
 pub mod laws;
 pub mod ledger;
