@@ -168,6 +168,26 @@ pub fn parse_cpu_list(text: &str) -> Result<CpuSet, CpuListError> {
     Ok(set)
 }
 
+/// CPUs as the kernel lists them: `1-3,7`. The inverse of [`parse_cpu_list`].
+#[must_use]
+pub fn cpu_list(set: &CpuSet) -> String {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for &cpu in set {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == cpu => *last = cpu,
+            _ => runs.push((cpu, cpu)),
+        }
+    }
+    let run = |(first, last): (u32, u32)| {
+        if first == last {
+            first.to_string()
+        } else {
+            format!("{first}-{last}")
+        }
+    };
+    runs.into_iter().map(run).collect::<Vec<_>>().join(",")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,6 +209,12 @@ mod tests {
         for (text, cpus) in cases {
             assert_eq!(parse_cpu_list(text), Ok(set(cpus)), "{text:?}");
         }
+    }
+
+    #[test]
+    fn cpus_are_listed_as_the_kernel_lists_them() {
+        assert_eq!(cpu_list(&set(&[0, 1, 2, 5, 7, 8])), "0-2,5,7-8");
+        assert_eq!(cpu_list(&set(&[])), "");
     }
 
     #[test]

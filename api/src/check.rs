@@ -6,7 +6,8 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 
-use accounting::host::CpuSet;
+use accounting::disturbance::{self, Disturbance};
+use accounting::host::{CpuSet, cpu_list};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
@@ -20,7 +21,7 @@ use crate::host::Host;
 /// The host's own account of itself cannot be read.
 pub fn check(args: &Check) -> Result<u8> {
     let host = Host::read().context("the host's CPUs cannot be read")?;
-    let findings = judge(&host);
+    let findings = judge(&host, &disturbance::of_process());
     let guests_run = findings.iter().all(|finding| finding.verdict != Verdict::Error);
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -88,11 +89,11 @@ fn text(findings: &[Finding]) -> String {
     text
 }
 
-fn judge(host: &Host) -> Vec<Finding> {
+fn judge(host: &Host, disturbances: &[Disturbance]) -> Vec<Finding> {
     let mut findings = vec![kvm(host), cpus(host), nohz_full(host)];
     findings.extend(isolated(host));
     findings.push(tick(host));
-    findings.extend(cpu_limit(host));
+    findings.extend(disturbances.iter().map(disturbance));
     findings.extend(huge_pages(host));
     findings
 }
@@ -161,7 +162,7 @@ fn nohz_full(host: &Host) -> Finding {
     let others = CpuSet::from_iter(host.cpus.present.iter().copied().skip(1));
     let boot = format!(
         "boot the host with nohz_full={0} isolcpus={0} on its command line",
-        ranges(&others)
+        cpu_list(&others)
     );
     match &host.cpus.nohz_full {
         _ if others.is_empty() => warning(
@@ -179,7 +180,7 @@ fn nohz_full(host: &Host) -> Finding {
             what,
             format!(
                 "CPUs {} are tickless, but this process may not use them: {wider}",
-                ranges(set)
+                cpu_list(set)
             ),
             "run in a cpuset that holds them".to_owned(),
         ),
@@ -188,7 +189,7 @@ fn nohz_full(host: &Host) -> Finding {
             what,
             format!(
                 "CPUs {}: guest time comes from the kernel's own accounting (source vtime)",
-                ranges(set)
+                cpu_list(set)
             ),
         ),
     }
@@ -199,9 +200,9 @@ fn isolated(host: &Host) -> Option<Finding> {
     let tickless = host.cpus.nohz_full.as_ref().filter(|set| !set.is_empty())?;
     let shared = CpuSet::from_iter(tickless.difference(&host.cpus.isolated).copied());
     Some(if shared.is_empty() {
-        ok("isolated", format!("CPUs {}", ranges(&host.cpus.isolated)))
+        ok("isolated", format!("CPUs {}", cpu_list(&host.cpus.isolated)))
     } else {
-        let list = ranges(&shared);
+        let list = cpu_list(&shared);
         let says = format!("other tasks may run on the tickless CPUs {list}, and bring the tick back");
         warning(
             "isolated",
@@ -216,11 +217,15 @@ fn tick(host: &Host) -> Finding {
     ok("tick", format!("{} us (HZ={hz})", host.tick_ns / 1000))
 }
 
-fn cpu_limit(host: &Host) -> Option<Finding> {
-    let limit = host.cpu_limit_s?;
-    // A process with RLIMIT_CPU has a CPU timer armed for it, which needs the tick (kernel/time/posix-cpu-timers.c).
-    let says = format!("CPU time is limited to {limit} s (RLIMIT_CPU): the limit keeps the tick running");
-    Some(warning("limits", says, "lift it (ulimit -t unlimited)".to_owned()))
+/// What spoils a tickless CPU for all vCPUs of this process, and of the processes that inherit its limits and its cgroup.
+fn disturbance(disturbance: &Disturbance) -> Finding {
+    let what = match disturbance {
+        Disturbance::RlimitCpu { .. } => "limits",
+        Disturbance::CfsQuota { .. } => "quota",
+        Disturbance::CpuTimer { .. } => "timers",
+        _ => "tick",
+    };
+    warning(what, disturbance.says(), disturbance.advice())
 }
 
 fn huge_pages(host: &Host) -> Option<Finding> {
@@ -235,25 +240,6 @@ fn huge_pages(host: &Host) -> Option<Finding> {
     } else {
         ok("huge pages", format!("transparent huge pages: {mode}"))
     })
-}
-
-/// CPUs as the kernel lists them: `1-3,7`.
-fn ranges(set: &CpuSet) -> String {
-    let mut runs: Vec<(u32, u32)> = Vec::new();
-    for &cpu in set {
-        match runs.last_mut() {
-            Some((_, last)) if *last + 1 == cpu => *last = cpu,
-            _ => runs.push((cpu, cpu)),
-        }
-    }
-    let run = |(first, last): (u32, u32)| {
-        if first == last {
-            first.to_string()
-        } else {
-            format!("{first}-{last}")
-        }
-    };
-    runs.into_iter().map(run).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]
@@ -282,13 +268,12 @@ mod tests {
                 runs_stock_kernels: true,
             },
             transparent_hugepage: Some("madvise".to_owned()),
-            cpu_limit_s: None,
         }
     }
 
     #[test]
     fn a_good_host_needs_no_advice() {
-        let findings = judge(&good());
+        let findings = judge(&good(), &[]);
         assert!(
             findings.iter().all(|f| f.verdict == Verdict::Ok && f.advice.is_none()),
             "{}",
@@ -301,7 +286,7 @@ mod tests {
     fn each_shortcoming_is_found_and_comes_with_what_to_do() {
         type Case = (fn(&mut Host), &'static str, Verdict, &'static str);
         use Verdict::{Error, Warning};
-        let table: [Case; 9] = [
+        let table: [Case; 8] = [
             (
                 |h| h.kvm.error = Some("/dev/kvm does not exist".to_owned()),
                 "KVM",
@@ -329,7 +314,6 @@ mod tests {
                 Warning,
                 "isolcpus=1,3",
             ),
-            (|h| h.cpu_limit_s = Some(60), "limits", Warning, "ulimit -t"),
             (
                 |h| h.transparent_hugepage = Some("never".to_owned()),
                 "huge pages",
@@ -340,7 +324,7 @@ mod tests {
         for (spoil, what, verdict, says) in table {
             let mut host = good();
             spoil(&mut host);
-            let findings = judge(&host);
+            let findings = judge(&host, &[]);
             let finding = findings.iter().find(|finding| finding.what == what).unwrap();
             assert_eq!(finding.verdict, verdict, "{finding:?}");
             let said = format!("{} {}", finding.says, finding.advice.as_deref().unwrap_or_default());
@@ -349,8 +333,22 @@ mod tests {
     }
 
     #[test]
-    fn cpus_are_listed_as_the_kernel_lists_them() {
-        assert_eq!(ranges(&CpuSet::from([0, 1, 2, 5, 7, 8])), "0-2,5,7-8");
-        assert_eq!(ranges(&CpuSet::new()), "");
+    fn what_spoils_a_tickless_cpu_is_a_warning_of_its_own() {
+        let found = [
+            Disturbance::RlimitCpu { limit_s: 60 },
+            Disturbance::CfsQuota {
+                file: "/c/cpu.max".into(),
+                quota_us: 1,
+                period_us: 2,
+            },
+        ];
+        let text = text(&judge(&good(), &found));
+        for line in [
+            "warning limits     CPU time of the process is limited to 60 s",
+            "ulimit -t unlimited",
+            "warning quota      /c/cpu.max allows",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
     }
 }

@@ -17,8 +17,6 @@ pub struct Host {
     pub kvm: Kvm,
     /// The mode of transparent huge pages: always, madvise or never; `None` where the kernel has none.
     pub transparent_hugepage: Option<String>,
-    /// Limit on this process's CPU time (`RLIMIT_CPU`), in seconds, if there is one.
-    pub cpu_limit_s: Option<u64>,
 }
 
 /// What its KVM is good for.
@@ -53,7 +51,6 @@ impl Host {
             tick_ns: tick_ns(),
             kvm: vmm::host::kvm().into(),
             transparent_hugepage: transparent_hugepage(),
-            cpu_limit_s: rustix::process::getrlimit(rustix::process::Resource::Cpu).current,
         })
     }
 }

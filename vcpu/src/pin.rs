@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use accounting::host::HostCpus;
+use accounting::host::{HostCpus, cpu_list};
 
 /// Which host CPUs the vCPUs get. Not part of Firecracker's configuration: `run --pin`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -236,27 +236,9 @@ fn auto(host: &HostCpus, vcpus: usize) -> Choice {
     }
 }
 
-/// `0-3,8`, as Linux writes CPU lists.
+/// `0-3,8`, as Linux writes CPU lists; for a sentence.
 fn ranges(cpus: &BTreeSet<u32>) -> String {
-    let mut runs: Vec<(u32, u32)> = vec![];
-    for &cpu in cpus {
-        match runs.last_mut() {
-            Some((_, last)) if *last + 1 == cpu => *last = cpu,
-            _ => runs.push((cpu, cpu)),
-        }
-    }
-    let run = |&(first, last): &(u32, u32)| {
-        if first == last {
-            first.to_string()
-        } else {
-            format!("{first}-{last}")
-        }
-    };
-    if runs.is_empty() {
-        "none".into()
-    } else {
-        runs.iter().map(run).collect::<Vec<_>>().join(",")
-    }
+    if cpus.is_empty() { "none".into() } else { cpu_list(cpus) }
 }
 
 #[cfg(test)]

@@ -130,46 +130,38 @@ impl Disturbance {
     }
 }
 
-impl fmt::Display for Disturbance {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Disturbance {
+    /// What is found, where, and by how much.
+    #[must_use]
+    pub fn says(&self) -> String {
         match self {
-            Self::RlimitCpu { limit_s } => write!(
-                f,
-                "the process's CPU time is limited to {limit_s} s (RLIMIT_CPU), which keeps the tick running: lift the \
-                 limit before it starts (ulimit -t unlimited)"
-            ),
+            Self::RlimitCpu { limit_s } => {
+                format!("CPU time of the process is limited to {limit_s} s (RLIMIT_CPU), which keeps the tick running")
+            }
             Self::CfsQuota {
                 file,
                 quota_us,
                 period_us,
-            } => write!(
-                f,
-                "{} allows {quota_us} us of CPU time in {period_us} us, which keeps the tick running and the vCPUs \
-                 waiting: lift the quota (max), or run in a cgroup without one",
+            } => format!(
+                "{} allows {quota_us} us of CPU time in {period_us} us, which keeps the tick running and vCPUs off their CPUs",
                 file.display()
             ),
-            Self::CpuTimer { timer } => write!(
-                f,
-                "{timer} is armed on a CPU clock of this process, which keeps the tick running: disarm it"
-            ),
+            Self::CpuTimer { timer } => {
+                format!("{timer} is armed on a CPU clock in this process, which keeps the tick running")
+            }
             Self::SecondTask {
                 tid,
                 cpu,
                 waited_ns,
                 over_ns,
                 preempted,
-            } => write!(
-                f,
-                "thread {tid} waited {} ms of {} ms for CPU {cpu} and was taken off it {preempted} times: another task \
-                 runs there, and keeps the tick running; move it (taskset), or isolate the CPU (isolcpus={cpu})",
+            } => format!(
+                "another task runs on CPU {cpu}, and keeps the tick running: thread {tid} waited {} ms of {} ms for the CPU \
+                 and was taken off it {preempted} times",
                 waited_ns / 1_000_000,
                 over_ns / 1_000_000
             ),
-            Self::TickRuns { cpu } => write!(
-                f,
-                "the tick of CPU {cpu} runs, though nohz_full= names the CPU: see the trace event timer:tick_stop for what \
-                 keeps it"
-            ),
+            Self::TickRuns { cpu } => format!("the tick of CPU {cpu} runs, though nohz_full= names the CPU"),
             Self::MovedAffinity {
                 tid,
                 pinned,
@@ -177,17 +169,36 @@ impl fmt::Display for Disturbance {
                 tickless,
             } => {
                 let so = if *tickless {
-                    "its CPU is not the one the vCPU was given"
+                    "it is not on the CPU it was given"
                 } else {
-                    "its guest time is no longer known from the kernel's own accounting"
+                    "the kernel's own accounting no longer tells its guest time"
                 };
-                write!(
-                    f,
-                    "thread {tid} was pinned to CPU {pinned} and moved from outside (now {allowed}): {so}; leave its affinity \
-                     alone, and start the microVM again"
-                )
+                format!("thread {tid}, pinned to CPU {pinned}, was moved from outside to CPUs {allowed}: {so}")
             }
         }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn advice(&self) -> String {
+        match self {
+            Self::RlimitCpu { .. } => "lift the limit (ulimit -t unlimited) and start it again".to_owned(),
+            Self::CfsQuota { .. } => "lift the quota (max), or run in a cgroup without one".to_owned(),
+            Self::CpuTimer { timer } => format!("disarm {timer}"),
+            Self::SecondTask { cpu, .. } => {
+                format!("move that task away (taskset), and isolate the CPU (isolcpus={cpu})")
+            }
+            Self::TickRuns { .. } => "the trace event timer:tick_stop tells what keeps it".to_owned(),
+            Self::MovedAffinity { .. } => {
+                "leave the affinity of vCPU threads alone, and start the microVM again".to_owned()
+            }
+        }
+    }
+}
+
+impl fmt::Display for Disturbance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; {}", self.says(), self.advice())
     }
 }
 
@@ -231,10 +242,10 @@ mod tests {
             "60 s (RLIMIT_CPU)",
             "/sys/fs/cgroup/a/cpu.max allows 50000 us",
             "ITIMER_PROF is armed",
-            "thread 42 waited 500 ms of 1000 ms for CPU 1 and was taken off it 125 times",
+            "CPU 1, and keeps the tick running: thread 42 waited 500 ms of 1000 ms",
             "the tick of CPU 1 runs",
-            "thread 42 was pinned to CPU 1 and moved from outside (now 0-2)",
-            "no longer known",
+            "thread 42, pinned to CPU 1, was moved from outside to CPUs 0-2",
+            "no longer tells",
         ]) {
             let line = disturbance.to_string();
             assert!(line.contains(says) && !line.contains('\n'), "{line}");

@@ -10,7 +10,7 @@ use super::text::{parse_loc, parse_migrations, parse_status, parse_tick_stopped}
 use super::tick::{Sample, TickWatch};
 use super::{Disturbance, Status};
 use crate::clock::Instant;
-use crate::host::{CpuSet, HostCpus, tick_ns};
+use crate::host::{CpuSet, HostCpus, cpu_list, tick_ns};
 use crate::probe::{ThreadClock, Which};
 
 /// How long a look is as good as new. It costs some tens of microseconds: a reading must not pay that each time.
@@ -146,7 +146,7 @@ impl Watch {
         let disturbance = Disturbance::MovedAffinity {
             tid: self.tid,
             pinned,
-            allowed: cpus.iter().map(u32::to_string).collect::<Vec<_>>().join(","),
+            allowed: cpu_list(cpus),
             tickless,
         };
         if self.moved.as_ref() != Some(&disturbance) {

@@ -57,6 +57,7 @@ pub struct Shared {
     started: Arc<dyn Fn() + Send + Sync>,
     /// The host, once somebody has asked for it.
     host: Arc<OnceCell<Host>>,
+    watches: host::Watches,
 }
 
 impl Shared {
@@ -66,6 +67,7 @@ impl Shared {
             backend,
             started: Arc::new(started),
             host: Arc::default(),
+            watches: Arc::default(),
         }
     }
 }

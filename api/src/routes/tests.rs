@@ -409,7 +409,7 @@ async fn what_is_asked_for_is_answered_200_in_firecrackers_shapes() {
     );
     let (status, config) = request(Running, "GET", "/vm/config", "").await;
     assert_eq!((status, &config["machine-config"]), (200, &machine));
-    let (status, host) = request(NotStarted, "GET", "/host", "").await;
+    let (status, host) = request(Paused, "GET", "/host", "").await;
     assert_eq!(status, 200);
     assert!(host["tick_ns"].as_u64().is_some_and(|tick| tick > 0), "{host}");
     assert!(
@@ -418,6 +418,7 @@ async fn what_is_asked_for_is_answered_200_in_firecrackers_shapes() {
             .is_some_and(|online| !online.is_empty()),
         "{host}"
     );
+    assert!(host["disturbances"].is_array(), "{host}");
 }
 
 #[tokio::test]
