@@ -163,12 +163,21 @@ impl Vm {
     /// When it does not start.
     #[must_use]
     pub fn run<S: Into<String>>(arguments: impl IntoIterator<Item = S>) -> Self {
+        Self::run_after(":", arguments)
+    }
+
+    /// Likewise, in a process that has gone through `prelude`, commands of a shell, before it became `chronovisor`.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn run_after<S: Into<String>>(prelude: &str, arguments: impl IntoIterator<Item = S>) -> Self {
         let folder = Folder::new();
         let socket = folder.join("api.sock");
         let mut all = vec!["run".to_owned(), "--api-sock".into(), socket.display().to_string()];
         all.extend(arguments.into_iter().map(Into::into));
         let mut vm = Self {
-            process: Process::chronovisor(&all),
+            process: Process::spawn(after(prelude, &all)),
             socket,
             last: Vec::new(),
             _folder: folder,
@@ -185,11 +194,20 @@ impl Vm {
     /// When it does not start.
     #[must_use]
     pub fn flat<'a>(program: &Program, arguments: impl IntoIterator<Item = &'a str>) -> Self {
+        Self::flat_after(":", program, arguments)
+    }
+
+    /// [`Vm::flat`], as [`Vm::run_after`].
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn flat_after<'a>(prelude: &str, program: &Program, arguments: impl IntoIterator<Item = &'a str>) -> Self {
         let folder = Folder::new();
         let kernel = folder.write("kernel", elf(program)).display().to_string();
         let flat = ["--kernel".to_owned(), kernel, "--mem=16M".into()];
         // The kernel is read once, at the start: its folder may go.
-        Self::run(flat.into_iter().chain(arguments.into_iter().map(Into::into)))
+        Self::run_after(prelude, flat.into_iter().chain(arguments.into_iter().map(Into::into)))
     }
 
     /// `chronovisor run` of Debian's kernel and our init, doing `what` (see `resources/guest-init`).
@@ -261,6 +279,15 @@ impl Vm {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+/// `chronovisor` with `arguments`, once a shell has run `prelude`, in its place.
+#[must_use]
+pub fn after<S: AsRef<std::ffi::OsStr>>(prelude: &str, arguments: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("{prelude} && exec \"$0\" \"$@\"")]);
+    command.arg(bed::file("chronovisor")).args(arguments);
+    command
 }
 
 /// The arguments of `chronovisor run` for Debian's kernel and our init, doing `what`.

@@ -169,7 +169,7 @@ fn no_law_is_broken_in_readings_of_an_exit_storm_by_bpf() {
 
 /// Interrupts of the vCPU's CPU meanwhile: of its timer, and function calls from other CPUs.
 fn interrupts_during(what: impl FnOnce()) -> (u64, u64) {
-    let count = || ["LOC", "CAL"].map(|kind| interrupts::count(kind, CPU as usize));
+    let count = || ["LOC", "CAL"].map(|kind| interrupts::count(kind, CPU));
     let before = count();
     what();
     let [timer, calls] = count();

@@ -8,25 +8,22 @@ use std::time::{Duration, Instant};
 use accounting::host::tick_ns;
 use accounting::probe::parse_stat;
 use accounting::reading::{Source, VcpuState};
-use tests::bed::Folder;
-use tests::flat::{Program, elf};
+use tests::flat::Program;
 use tests::interrupts;
 use tests::require_bed;
 use tests::vm::Vm;
 
 /// The isolated CPU: `nohz_full=1,2 isolcpus=1,2`.
-const CPU: usize = 1;
+const CPU: u32 = 1;
 
-fn flat(folder: &Folder, program: &Program) -> Vm {
-    let kernel = folder.write("kernel", elf(program)).display().to_string();
-    Vm::run(["--kernel", &kernel, "--mem", "16M", "--pin", &CPU.to_string()])
+fn flat(program: &Program) -> Vm {
+    Vm::flat(program, ["--pin", &CPU.to_string()])
 }
 
 #[test]
 fn a_guest_that_spins_on_a_tickless_cpu_is_charged_as_guest_while_read_and_its_tick_stays_stopped() {
     require_bed!(nohz_full);
-    let folder = Folder::new();
-    let mut vm = flat(&folder, &Program::spin_forever());
+    let mut vm = flat(&Program::spin_forever());
     vm.wait_until("the guest spins", |vm| vm.reading().modes.guest_ns > 200_000_000);
 
     let stat = format!("/proc/{}/task/{}/stat", vm.process.id(), vm.reading().tid);
@@ -73,8 +70,7 @@ fn a_guest_that_spins_on_a_tickless_cpu_is_charged_as_guest_while_read_and_its_t
 #[test]
 fn a_guest_that_halts_is_charged_as_halted_while_it_halts() {
     require_bed!(nohz_full);
-    let folder = Folder::new();
-    let mut vm = flat(&folder, &Program::halt());
+    let mut vm = flat(&Program::halt());
     vm.wait_until("the guest halts", |vm| vm.reading().state == VcpuState::Halted);
     let (begun, first) = (Instant::now(), vm.reading());
     let mut last = first.clone();
@@ -96,8 +92,7 @@ fn a_guest_that_halts_is_charged_as_halted_while_it_halts() {
 #[test]
 fn a_guest_that_exits_all_the_time_never_makes_a_reading_step_back() {
     require_bed!(nohz_full);
-    let folder = Folder::new();
-    let mut vm = flat(&folder, &Program::exit_storm(u64::MAX));
+    let mut vm = flat(&Program::exit_storm(u64::MAX));
     vm.wait_until("the guest exits", |vm| vm.reading().exits.total > 1_000);
     // Each is held against the one before by Vm::reading.
     let first = vm.reading();

@@ -4,10 +4,11 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_setaffinity};
-use tests::{interrupts, require_bed};
+use tests::interrupts;
+use tests::require_bed;
 
 /// The CPU that the suites of this bed use.
-const CPU: usize = 1;
+const CPU: u32 = 1;
 
 #[test]
 fn cpus_1_and_2_are_tickless_and_isolated() {
@@ -36,7 +37,7 @@ fn the_tick_stops_while_a_thread_spins() {
         while start.elapsed() < time {}
     };
     let mut cpus = CpuSet::new();
-    cpus.set(CPU);
+    cpus.set(CPU as usize);
     let ticks = std::thread::spawn(move || {
         sched_setaffinity(None, &cpus).unwrap();
         // The tick stops once the kernel has seen that this thread is alone.

@@ -14,7 +14,7 @@
 //!
 //! [`of_process`] finds what concerns the whole process; a [`Watch`] finds what concerns one vCPU thread, and judges its
 //! CPU's tick by behaviour ([`TickWatch`]). All of it reads; nothing here restarts a tick or sends an interrupt to
-//! another CPU. It costs some tens of microseconds, so a watch looks at most once a second.
+//! another CPU. A look takes 0.1 to 0.2 ms, where a reading takes 10 us, so a watch looks at most once a second.
 //!
 //! Not to be seen from here: a CPU timer that another process has set on a thread of ours, and a quota on a cgroup above
 //! the root of this process's cgroup namespace. Their effect, a tick that runs, is seen.

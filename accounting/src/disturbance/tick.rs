@@ -87,6 +87,11 @@ impl TickWatch {
         judgement
     }
 
+    /// Forgets all: the thread ran on another CPU.
+    pub fn forget(&mut self) {
+        *self = Self::new(self.tick_ns);
+    }
+
     /// Whether the tick was stopped while the thread ran, when that could last be told.
     #[must_use]
     pub fn stopped(&self) -> Option<bool> {

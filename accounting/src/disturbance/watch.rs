@@ -13,7 +13,7 @@ use crate::clock::Instant;
 use crate::host::{CpuSet, HostCpus, cpu_list, tick_ns};
 use crate::probe::{ThreadClock, Which};
 
-/// How long a look is as good as new. It costs some tens of microseconds: a reading must not pay that each time.
+/// How long a look is as good as new. It takes as long as ten readings or more: a reading must not pay that each time.
 const EVERY_NS: u64 = 1_000_000_000;
 
 /// How long a wake-up may take until the thread runs, though nothing else does: the interrupt, and the CPU's way out of its
@@ -102,9 +102,19 @@ impl Watch {
                 migrations: sched.ok().and_then(|text| parse_migrations(&text).ok()),
             };
             let last = self.last.replace(look);
-            self.look_for_moves(cpu, &status, last, look);
-            disturbances.extend(last.and_then(|last| self.second_task(cpu, &last, &look)));
-            disturbances.extend(self.judge_tick(cpu, &status, on_cpu_ns, &disturbances));
+            if self.was_elsewhere(cpu, &status, last, look) {
+                // What it waited for, and what it ran beside, was there and not here.
+                self.tick.forget();
+                let tickless = |&cpu: &u32| self.host.is_nohz_full(cpu);
+                self.findings.tick_stopped = (!status.allowed.iter().any(tickless)).then_some(false);
+            } else {
+                let capped = |d: &Disturbance| matches!(d, Disturbance::CfsQuota { .. });
+                // The wait for a quota's next period is run_delay too, and has been named.
+                if !disturbances.iter().any(capped) {
+                    disturbances.extend(last.and_then(|last| self.second_task(cpu, &last, &look)));
+                }
+                disturbances.extend(self.judge_tick(cpu, &status, on_cpu_ns, &disturbances));
+            }
         } else {
             // Not pinned, or gone: then what it runs on is no promise, and only where no tick stops is there an answer.
             self.findings.tick_stopped = (!self.host.is_nohz_full(stat_processor)).then_some(false);
@@ -121,16 +131,20 @@ impl Watch {
         &self.findings
     }
 
-    /// The affinity is not the one CPU; or it is, again, and the thread has been elsewhere since the last look.
-    fn look_for_moves(&mut self, cpu: u32, status: &Status, last: Option<Look>, now: Look) {
-        if status.allowed != CpuSet::from([cpu]) {
-            self.moved(&status.allowed.clone());
+    /// Whether the thread may have run elsewhere since the last look: its affinity is not the one CPU; or it is, again, and
+    /// the thread has been moved meanwhile.
+    fn was_elsewhere(&mut self, cpu: u32, status: &Status, last: Option<Look>, now: Look) -> bool {
+        let away = status.allowed != CpuSet::from([cpu]);
+        if away {
+            self.moved(&status.allowed);
         }
-        let migrated = last.and_then(|last| Some(now.migrations? > last.migrations?));
-        if migrated == Some(true) && self.moved.is_none() {
+        let migrated = last.and_then(|last| Some(now.migrations? > last.migrations?)) == Some(true);
+        if migrated && self.moved.is_none() {
             // Where to is not known: to any CPU there is.
-            self.moved(&self.host.present.clone());
+            let host = Arc::clone(&self.host);
+            self.moved(&host.present);
         }
+        away || migrated
     }
 
     /// The thread may run, or ran, on `cpus`.
@@ -264,14 +278,15 @@ mod tests {
             let mut watch = watch(Some(1));
             let mut now = look(SECOND, 0, 0, 0);
             now.migrations = Some(migrations);
-            watch.look_for_moves(1, &status(allowed), Some(look(0, 0, 0, 0)), now);
+            let elsewhere = watch.was_elsewhere(1, &status(allowed), Some(look(0, 0, 0, 0)), now);
+            assert_eq!(elsewhere, moved, "{what}");
             assert_eq!(
                 (watch.moved.is_some(), watch.findings.vtime_void),
                 (moved, void),
                 "{what}"
             );
             // Back where it was put: what was said of it stays said.
-            watch.look_for_moves(1, &status(&[1]), Some(now), now);
+            assert!(!watch.was_elsewhere(1, &status(&[1]), Some(now), now), "{what}");
             assert_eq!(
                 (watch.moved.is_some(), watch.findings.vtime_void),
                 (moved, void),
@@ -308,7 +323,9 @@ mod tests {
 
     #[test]
     fn a_cpu_that_is_not_tickless_has_its_tick_and_an_unpinned_thread_no_promise() {
-        assert_eq!(watch(Some(0)).look(0, 0, 0, 0).tick_stopped, Some(false));
+        let mut pinned = watch(Some(0));
+        assert_eq!(pinned.judge_tick(0, &status(&[0]), 0, &[]), None);
+        assert_eq!(pinned.findings.tick_stopped, Some(false));
         assert_eq!(watch(None).look(0, 0, 0, 0).tick_stopped, Some(false));
         let mut unpinned = watch(None);
         let findings = unpinned.look(0, 0, 1, 0);

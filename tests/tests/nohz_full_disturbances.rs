@@ -1,0 +1,311 @@
+//! What spoils a tickless CPU, in the emulated `nohz_full` host: each disturbance is caused, and noticed; and noticing
+//! disturbs nobody.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use accounting::disturbance::{Disturbance, Findings, Watch, of_process};
+use accounting::host::{CpuSet, HostCpus, run_on, tick_ns};
+use rustix::process::Pid;
+use rustix::thread::sched_setaffinity;
+use serde_json::Value;
+use tests::flat::{Guest, Program};
+use tests::interrupts;
+use tests::require_bed;
+use tests::vm::{PATIENCE, Process, Vm, after};
+
+/// A tickless CPU, of 1 and 2.
+const CPU: u32 = 1;
+
+/// A guest of this process, watched from it.
+struct Watched {
+    guest: Guest,
+    watch: Watch,
+    cpu: u32,
+}
+
+impl Watched {
+    fn spinning_on(cpu: u32) -> Self {
+        let guest = Guest::new(&Program::spin_forever(), Some(cpu)).expect("a guest");
+        guest.vcpu.resume();
+        let host = Arc::new(HostCpus::read().expect("sysfs"));
+        let watch = Watch::new(guest.read().tid, Some(cpu), host);
+        Self { guest, watch, cpu }
+    }
+
+    fn look(&mut self) -> Findings {
+        let reading = self.guest.read();
+        let on_cpu_ns = reading.utime_ns + reading.stime_ns;
+        let findings = self
+            .watch
+            .look_afresh(reading.at_ns, on_cpu_ns, self.cpu, reading.modes.waiting_ns);
+        findings.clone()
+    }
+
+    /// Looks every 50 ticks until `found`: what was caused takes a while to show.
+    fn look_until(&mut self, what: &str, found: impl Fn(&Findings) -> bool) -> Findings {
+        let begun = Instant::now();
+        loop {
+            let findings = self.look();
+            if found(&findings) {
+                return findings;
+            }
+            assert!(begun.elapsed() < PATIENCE, "never found: {what}; {findings:?}");
+            sleep(Duration::from_nanos(50 * tick_ns()));
+        }
+    }
+
+    fn look_until_tickless(&mut self) {
+        let tickless = |f: &Findings| f.tick_stopped == Some(true) && f.disturbances.is_empty();
+        self.look_until("a stopped tick and no disturbance", tickless);
+    }
+}
+
+fn kinds(disturbances: &[Disturbance]) -> Vec<&'static str> {
+    disturbances.iter().map(Disturbance::kind).collect()
+}
+
+#[test]
+fn a_stopped_tick_is_known_from_one_that_runs() {
+    require_bed!(nohz_full);
+    Watched::spinning_on(CPU).look_until_tickless();
+    let mut ticking = Watched::spinning_on(0);
+    assert_eq!(ticking.look().tick_stopped, Some(false));
+}
+
+#[test]
+fn a_second_task_on_the_cpu_is_noticed_while_it_is_there() {
+    require_bed!(nohz_full);
+    let mut watched = Watched::spinning_on(CPU);
+    watched.look_until_tickless();
+    let done = AtomicBool::new(false);
+    let findings = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            run_on(&CpuSet::from([CPU])).expect("the CPU is there");
+            while !done.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        let findings = watched.look_until("the other task, and the tick", |f| {
+            kinds(&f.disturbances).contains(&"second_task") && f.tick_stopped == Some(false)
+        });
+        done.store(true, Ordering::Relaxed);
+        findings
+    });
+    println!("{}", findings.disturbances[0]);
+    assert!(
+        !findings.vtime_void,
+        "the kernel's accounting is as exact with the tick"
+    );
+    watched.look_until_tickless();
+}
+
+#[test]
+fn a_cpu_timer_of_the_process_is_noticed_while_it_is_armed() {
+    require_bed!(nohz_full);
+    let mut watched = Watched::spinning_on(CPU);
+    watched.look_until_tickless();
+    let timer = CpuTimer::armed();
+    let findings = watched.look_until("the timer, and the tick", |f| {
+        kinds(&f.disturbances) == ["cpu_timer"] && f.tick_stopped == Some(false)
+    });
+    println!("{}", findings.disturbances[0]);
+    drop(timer);
+    assert_eq!(of_process(), []);
+    watched.look_until_tickless();
+}
+
+/// A timer on the process's CPU clock that does not expire while any test lasts.
+struct CpuTimer(libc::timer_t);
+
+#[expect(unsafe_code, reason = "rustix has no POSIX timers")]
+impl CpuTimer {
+    fn armed() -> Self {
+        let mut timer = std::ptr::null_mut();
+        // SAFETY: an all-zero sigevent is one; SIGEV_NONE uses no other field.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_NONE;
+        // SAFETY: both pointers are to locals, which the kernel reads and writes.
+        let made = unsafe { libc::timer_create(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut event, &raw mut timer) };
+        assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
+        let never = libc::timespec {
+            tv_sec: 1_000_000,
+            tv_nsec: 0,
+        };
+        let time = libc::itimerspec {
+            it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 },
+            it_value: never,
+        };
+        // SAFETY: the timer was made above; the pointer is to a local.
+        let set = unsafe { libc::timer_settime(timer, 0, &raw const time, std::ptr::null_mut()) };
+        assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+        Self(timer)
+    }
+}
+
+#[expect(unsafe_code, reason = "rustix has no POSIX timers")]
+impl Drop for CpuTimer {
+    fn drop(&mut self) {
+        // SAFETY: made in `armed`, and deleted nowhere else.
+        unsafe { libc::timer_delete(self.0) };
+    }
+}
+
+/// Moves a thread of any process.
+fn move_to(tid: i32, cpu: u32) {
+    let mut mask = rustix::thread::CpuSet::new();
+    mask.set(cpu as usize);
+    sched_setaffinity(Pid::from_raw(tid), &mask).expect("root may");
+}
+
+#[test]
+fn a_vcpu_moved_away_and_back_between_looks_has_lost_its_claim() {
+    require_bed!(nohz_full);
+    let mut watched = Watched::spinning_on(CPU);
+    watched.look_until_tickless();
+    let tid = watched.guest.read().tid;
+    for cpu in [0, CPU] {
+        move_to(tid, cpu);
+        sleep(Duration::from_nanos(2 * tick_ns()));
+    }
+    let findings = watched.look();
+    assert!(findings.vtime_void, "{findings:?}");
+    assert_eq!(kinds(&findings.disturbances), ["moved_affinity"]);
+}
+
+/// The kinds in `GET /host`, and the lines that explain them.
+fn disturbances(vm: &Vm) -> (Vec<String>, String) {
+    let host = vm.ask("GET", "/host", None).body;
+    let found = host["disturbances"].as_array().expect("a list");
+    let text = |value: &Value| value.as_str().expect("a text").to_owned();
+    (
+        found.iter().map(|d| text(&d["kind"])).collect(),
+        found.iter().map(|d| text(&d["says"]) + "\n").collect(),
+    )
+}
+
+/// Asks until `kind` is there.
+fn await_disturbance(vm: &Vm, kind: &str) -> String {
+    let begun = Instant::now();
+    loop {
+        let (kinds, lines) = disturbances(vm);
+        if kinds.iter().any(|k| k == kind) {
+            print!("{lines}");
+            return lines;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{kind} never came: {kinds:?} {lines}");
+    }
+}
+
+#[test]
+fn a_vcpu_moved_from_outside_is_named_over_the_api() {
+    require_bed!(nohz_full);
+    let mut vm = Vm::flat(&Program::spin_forever(), ["--pin", "1"]);
+    assert_eq!(disturbances(&vm).0, [""; 0]);
+    let tid = vm.reading().tid;
+    move_to(tid, 0);
+    let lines = await_disturbance(&vm, "moved_affinity");
+    assert!(lines.contains(&format!("thread {tid}, pinned to CPU 1")), "{lines}");
+}
+
+#[test]
+fn a_limit_on_cpu_time_is_named_by_check_and_over_the_api() {
+    require_bed!(nohz_full);
+    let limit = "ulimit -t 100000";
+    let vm = Vm::flat_after(limit, &Program::spin_forever(), ["--pin", "1"]);
+    let lines = await_disturbance(&vm, "rlimit_cpu");
+    assert!(lines.contains("100000 s (RLIMIT_CPU)"), "{lines}");
+    let (_, check, _) = Process::spawn(after(limit, ["check"])).wait();
+    assert!(
+        check.contains("100000 s (RLIMIT_CPU)") && check.contains("ulimit -t unlimited"),
+        "{check}"
+    );
+}
+
+/// The unified hierarchy with one cgroup that has a quota.
+struct Quota;
+
+impl Quota {
+    const MOUNT: &'static str = "/run/cgroup";
+
+    fn new() -> Self {
+        use rustix::mount::{MountFlags, mount};
+        fs::create_dir_all(Self::MOUNT).expect("a mount point");
+        mount("none", Self::MOUNT, "cgroup2", MountFlags::empty(), None).expect("cgroup2");
+        let write = |file: &str, text: &str| fs::write(format!("{}/{file}", Self::MOUNT), text).expect(file);
+        write("cgroup.subtree_control", "+cpu");
+        fs::create_dir_all(format!("{}/half/inner", Self::MOUNT)).expect("cgroups");
+        write("half/cpu.max", "50000 100000");
+        Self
+    }
+}
+
+impl Drop for Quota {
+    fn drop(&mut self) {
+        for cgroup in ["half/inner", "half"] {
+            // The last process may still be on its way out: then the cgroup stays, and harms nobody.
+            let _ = fs::remove_dir(format!("{}/{cgroup}", Self::MOUNT));
+        }
+        let _ = rustix::mount::unmount(Self::MOUNT, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_quota_on_a_cgroup_above_is_named_by_its_file() {
+    require_bed!(nohz_full);
+    let quota = Quota::new();
+    let enter = "echo $$ > /run/cgroup/half/inner/cgroup.procs";
+    let mut vm = Vm::flat_after(enter, &Program::spin_forever(), ["--pin", "1"]);
+    let lines = await_disturbance(&vm, "cfs_quota");
+    assert!(
+        lines.contains("/run/cgroup/half/cpu.max allows 50000 us of CPU time in 100000 us"),
+        "{lines}"
+    );
+    vm.process.signal(rustix::process::Signal::TERM);
+    vm.process.wait();
+    drop(quota);
+}
+
+#[test]
+fn a_guest_with_a_timer_of_its_own_is_not_taken_for_a_tick() {
+    require_bed!(nohz_full);
+    let mut vm = Vm::debian("spin:60000", ["--pin", "1"]);
+    vm.process.wait_for("chronovisor guest: spin");
+    let (timers, begun) = (interrupts::count("LOC", CPU), Instant::now());
+    while begun.elapsed() < Duration::from_secs(2) {
+        assert_eq!(disturbances(&vm).0, [""; 0]);
+    }
+    let timers = interrupts::count("LOC", CPU) - timers;
+    // Where they are a tenth of the host's tick or more, the count alone could not tell.
+    println!(
+        "{timers} local timer interrupts, the guest's own; a tick would come {} times",
+        2_000_000_000 / tick_ns()
+    );
+    assert!(timers > 0);
+}
+
+#[test]
+fn to_look_disturbs_nobody() {
+    require_bed!(nohz_full);
+    let mut watched = Watched::spinning_on(CPU);
+    watched.look_until_tickless();
+    let calls = || interrupts::count("CAL", CPU);
+    let (ticks, calls_before, begun) = (interrupts::count("LOC", CPU), calls(), Instant::now());
+    let mut looks = 0_u64;
+    while begun.elapsed() < Duration::from_secs(2) {
+        watched.look();
+        // What only a doubtful tick makes a watch read.
+        fs::read("/proc/timer_list").expect("root may");
+        looks += 1;
+    }
+    let seconds = begun.elapsed().as_secs();
+    let (ticks, calls) = (interrupts::count("LOC", CPU) - ticks, calls() - calls_before);
+    println!("{looks} looks in {seconds} s: {ticks} local timer interrupts, {calls} function calls on CPU {CPU}");
+    // A tick that runs is HZ a second, 250 here. Under 2 % of that is stopped; a look that called would call each time.
+    assert!(ticks < 10 * (seconds + 1) / 2, "{ticks}");
+    assert!(calls < looks / 10, "{calls} calls in {looks} looks");
+    watched.look_until_tickless();
+}
