@@ -108,7 +108,7 @@ fn a_cpu_timer_of_the_process_is_noticed_while_it_is_armed() {
     require_bed!(nohz_full);
     let mut watched = Watched::spinning_on(CPU);
     watched.look_until_tickless();
-    let timer = CpuTimer::armed();
+    let timer = CpuTimer::armed(libc::CLOCK_PROCESS_CPUTIME_ID);
     let findings = watched.look_until("the timer, and the tick", |f| {
         kinds(&f.disturbances) == ["cpu_timer"] && f.tick_stopped == Some(false)
     });
@@ -118,18 +118,18 @@ fn a_cpu_timer_of_the_process_is_noticed_while_it_is_armed() {
     watched.look_until_tickless();
 }
 
-/// A timer on the process's CPU clock that does not expire while any test lasts.
+/// A timer on a CPU clock that does not expire while any test lasts.
 struct CpuTimer(libc::timer_t);
 
 #[expect(unsafe_code, reason = "rustix has no POSIX timers")]
 impl CpuTimer {
-    fn armed() -> Self {
+    fn armed(clock: libc::clockid_t) -> Self {
         let mut timer = std::ptr::null_mut();
         // SAFETY: an all-zero sigevent is one; SIGEV_NONE uses no other field.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         event.sigev_notify = libc::SIGEV_NONE;
         // SAFETY: both pointers are to locals, which the kernel reads and writes.
-        let made = unsafe { libc::timer_create(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut event, &raw mut timer) };
+        let made = unsafe { libc::timer_create(clock, &raw mut event, &raw mut timer) };
         assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
         let never = libc::timespec {
             tv_sec: 1_000_000,
@@ -198,6 +198,18 @@ fn await_disturbance(vm: &Vm, kind: &str) -> String {
         }
         assert!(begun.elapsed() < PATIENCE, "{kind} never came: {kinds:?} {lines}");
     }
+}
+
+#[test]
+fn a_tick_that_runs_for_a_reason_that_cannot_be_seen_is_seen_itself() {
+    require_bed!(nohz_full);
+    let vm = Vm::flat(&Program::spin_forever(), ["--pin", "1"]);
+    let pid = i32::try_from(vm.process.id()).expect("a process id");
+    // MAKE_PROCESS_CPUCLOCK (include/linux/posix-timers.h), SCHED: the timer is this process's, and the tick is the other's.
+    let timer = CpuTimer::armed(!pid << 3 | 2);
+    let lines = await_disturbance(&vm, "tick_runs");
+    assert!(lines.contains("the tick of CPU 1 runs"), "{lines}");
+    drop(timer);
 }
 
 #[test]
