@@ -2,6 +2,7 @@
 //!
 //! The trait is the seam at which the REST surface is tested without KVM.
 
+use accounting::disturbance::Disturbance;
 use accounting::{Explained, Reading};
 use vmm::{Action, ActionError, Reply, VmmHandle};
 
@@ -22,6 +23,9 @@ pub trait Backend: Send + Sync + 'static {
 
     /// As [`Backend::read`], and what the reading was made of. `None` too where nothing more can be said of the vCPU.
     fn explain(&self, index: usize) -> Option<Explained>;
+
+    /// What disturbs vCPU `index`, looked for now: see [`Account::disturbances`](accounting::Account::disturbances).
+    fn disturbances(&self, index: usize) -> Vec<Disturbance>;
 }
 
 impl Backend for VmmHandle {
@@ -39,6 +43,11 @@ impl Backend for VmmHandle {
 
     fn explain(&self, index: usize) -> Option<Explained> {
         self.accounts().get()?.get(index)?.explain()
+    }
+
+    fn disturbances(&self, index: usize) -> Vec<Disturbance> {
+        let account = self.accounts().get().and_then(|accounts| accounts.get(index));
+        account.map_or_else(Vec::new, |account| account.disturbances())
     }
 }
 
@@ -171,6 +180,18 @@ pub(crate) mod fake {
 
         fn read(&self, index: usize) -> Option<Reading> {
             (index < self.vcpus()).then(|| reading(u32::try_from(index).unwrap()))
+        }
+
+        fn disturbances(&self, index: usize) -> Vec<Disturbance> {
+            let tickless = false;
+            let (tid, pinned, allowed) = (4242, 3, "0-3".to_owned());
+            let moved = Disturbance::MovedAffinity {
+                tid,
+                pinned,
+                allowed,
+                tickless,
+            };
+            if index == 1 { vec![moved] } else { Vec::new() }
         }
 
         fn explain(&self, index: usize) -> Option<Explained> {

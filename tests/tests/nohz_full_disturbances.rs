@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use accounting::disturbance::{Disturbance, Findings, Watch, of_process};
 use accounting::host::{CpuSet, HostCpus, run_on, tick_ns};
+use accounting::reading::Source;
 use rustix::process::Pid;
 use rustix::thread::sched_setaffinity;
 use serde_json::Value;
@@ -213,14 +214,32 @@ fn a_tick_that_runs_for_a_reason_that_cannot_be_seen_is_seen_itself() {
 }
 
 #[test]
-fn a_vcpu_moved_from_outside_is_named_over_the_api() {
+fn a_vcpu_moved_from_outside_is_named_over_the_api_and_its_readings_claim_less() {
     require_bed!(nohz_full);
     let mut vm = Vm::flat(&Program::spin_forever(), ["--pin", "1"]);
     assert_eq!(disturbances(&vm).0, [""; 0]);
+    vm.wait_until("the tick is seen to be stopped", |vm| {
+        vm.reading().host_cpu.tick_stopped == Some(true)
+    });
+    assert_eq!(vm.reading().source, Source::Vtime);
     let tid = vm.reading().tid;
     move_to(tid, 0);
     let lines = await_disturbance(&vm, "moved_affinity");
     assert!(lines.contains(&format!("thread {tid}, pinned to CPU 1")), "{lines}");
+    // Each reading is held to the laws against the one before: none steps back when the source gives way.
+    let moved = vm.reading();
+    assert_eq!(
+        (moved.source, moved.host_cpu.tick_stopped),
+        (Source::Oncpu, Some(false))
+    );
+    let later = vm.reading();
+    assert_eq!(
+        later.gtime_bounds_ns.lower, moved.gtime_bounds_ns.lower,
+        "nothing more is proved"
+    );
+    let explained = vm.ask("GET", "/vcpus/0/cputime?explain=1", None).body;
+    let why = explained["explain"]["sources"][1]["unavailable"].as_str();
+    assert_eq!(why, Some("the vCPU thread has been moved off CPU 1"), "{explained}");
 }
 
 #[test]

@@ -65,6 +65,7 @@ fn a_guest_that_spins_on_a_tickless_cpu_is_charged_as_guest_while_read_and_its_t
     println!("guest {guest} ns of {on_cpu} ns on the CPU");
     assert!(guest * 100 >= on_cpu * 98, "guest {guest} ns of {on_cpu} ns on the CPU");
     assert_eq!(last.exits.total, first.exits.total, "nothing took it out of the guest");
+    assert_eq!(last.host_cpu.tick_stopped, Some(true), "{last:?}");
 }
 
 #[test]

@@ -87,6 +87,12 @@ impl Watch {
         &self.findings
     }
 
+    /// What the last look found.
+    #[must_use]
+    pub fn findings(&self) -> &Findings {
+        &self.findings
+    }
+
     /// [`Watch::look`], however short ago the last one was.
     pub fn look_afresh(&mut self, now_ns: u64, on_cpu_ns: u64, stat_processor: u32, run_delay_ns: u64) -> &Findings {
         let mut disturbances = of_task(&self.task);

@@ -1,12 +1,8 @@
 //! `/host`: what this host offers: its CPUs, its tick, its KVM; and what disturbs the vCPUs on it now.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use accounting::disturbance::{self, Disturbance, Watch};
-use accounting::host::HostCpus;
-use accounting::reading::{Reading, VcpuState};
+use accounting::disturbance::{self, Disturbance};
 use axum::extract::State;
 use axum::response::Response;
 use serde::Serialize;
@@ -43,9 +39,6 @@ impl Shown {
     }
 }
 
-/// The vCPUs' watches, by thread id.
-pub(super) type Watches = Arc<Mutex<BTreeMap<i32, Watch>>>;
-
 /// Between two looks at the vCPUs: what is going on shows in what grows meanwhile, and a tick in how many there were.
 const TICKS: u64 = 50;
 
@@ -57,14 +50,14 @@ pub(super) async fn get(State(shared): State<Shared>) -> Result<Response, Fault>
         host.map_err(|error| Fault(format!("The host's CPUs could not be read: {error}.")))
     };
     let host = shared.host.get_or_try_init(read).await?;
-    let cpus = Arc::new(host.cpus.clone());
-    if look(&shared, &cpus).await?.is_some() {
+    if shared.backend.vcpus() > 0 {
+        look(&shared).await?;
         tokio::time::sleep(Duration::from_nanos(TICKS.saturating_mul(host.tick_ns))).await;
     }
-    let of_vcpus = look(&shared, &cpus).await?.unwrap_or_default();
+    let of_vcpus = look(&shared).await?;
     let of_process = disturbance::of_process();
     let mut disturbances: Vec<_> = of_process.iter().map(|found| Shown::new(None, found)).collect();
-    for (vcpu, found) in of_vcpus {
+    for (vcpu, found) in (0..).zip(of_vcpus) {
         // Each finds the process's disturbances too.
         let own = found.iter().filter(|found| !of_process.contains(found));
         disturbances.extend(own.map(|found| Shown::new(Some(vcpu), found)));
@@ -72,28 +65,10 @@ pub(super) async fn get(State(shared): State<Shared>) -> Result<Response, Fault>
     Ok(json(&Answer { host, disturbances }))
 }
 
-/// Looks at each vCPU there is; `None` where there is none.
-async fn look(shared: &Shared, cpus: &Arc<HostCpus>) -> Result<Option<Vec<(u32, Vec<Disturbance>)>>, Fault> {
-    let (backend, watches, cpus) = (shared.backend.clone(), shared.watches.clone(), cpus.clone());
-    let look = move || {
-        let readings = (0..backend.vcpus()).filter_map(|index| backend.read(index));
-        let mut watches = watches.lock().unwrap_or_else(PoisonError::into_inner);
-        let found: Vec<_> = readings
-            .filter(|reading| reading.state != VcpuState::Exited)
-            .map(|reading| (reading.index, look_at(&mut watches, &reading, &cpus)))
-            .collect();
-        (!found.is_empty()).then_some(found)
-    };
+/// Looks at each vCPU, in order.
+async fn look(shared: &Shared) -> Result<Vec<Vec<Disturbance>>, Fault> {
+    let backend = shared.backend.clone();
+    let look = move || (0..backend.vcpus()).map(|index| backend.disturbances(index)).collect();
     let looked = tokio::task::spawn_blocking(look).await;
     looked.map_err(|error| Fault(format!("The vCPUs' disturbances could not be looked for: {error}.")))
-}
-
-fn look_at(watches: &mut BTreeMap<i32, Watch>, reading: &Reading, cpus: &Arc<HostCpus>) -> Vec<Disturbance> {
-    let cpu = reading.host_cpu.cpu;
-    let watch = watches
-        .entry(reading.tid)
-        .or_insert_with(|| Watch::new(reading.tid, reading.host_cpu.pinned.then_some(cpu), cpus.clone()));
-    let on_cpu_ns = reading.utime_ns + reading.stime_ns;
-    let findings = watch.look_afresh(reading.at_ns, on_cpu_ns, cpu, reading.modes.waiting_ns);
-    findings.disturbances.clone()
 }

@@ -57,7 +57,6 @@ pub struct Shared {
     started: Arc<dyn Fn() + Send + Sync>,
     /// The host, once somebody has asked for it.
     host: Arc<OnceCell<Host>>,
-    watches: host::Watches,
 }
 
 impl Shared {
@@ -67,7 +66,6 @@ impl Shared {
             backend,
             started: Arc::new(started),
             host: Arc::default(),
-            watches: Arc::default(),
         }
     }
 }

@@ -418,7 +418,12 @@ async fn what_is_asked_for_is_answered_200_in_firecrackers_shapes() {
             .is_some_and(|online| !online.is_empty()),
         "{host}"
     );
-    assert!(host["disturbances"].is_array(), "{host}");
+    let found = host["disturbances"].as_array().expect("a list");
+    let of_vcpu: Vec<_> = found.iter().filter(|found| found["vcpu"] == 1).collect();
+    assert!(
+        matches!(of_vcpu[..], [one] if one["kind"] == "moved_affinity" && one["says"].is_string()),
+        "{host}"
+    );
 }
 
 #[tokio::test]
@@ -549,6 +554,9 @@ async fn a_microvm_that_has_ended_says_so() {
         }
         fn explain(&self, _: usize) -> Option<accounting::Explained> {
             None
+        }
+        fn disturbances(&self, _: usize) -> Vec<accounting::disturbance::Disturbance> {
+            Vec::new()
         }
     }
     let router = router(Shared::new(Arc::new(Ended), || {}), Limits::default());
