@@ -72,3 +72,55 @@ impl<S, const WRITER_FENCE: bool, const READER_FENCE: bool> Latch<S, WRITER_FENC
         (self.sequence.load(Ordering::Relaxed) == sequence).then_some(copied)
     }
 }
+
+/// Every interleaving of a writer and a reader, with every value the memory model lets each load return.
+#[cfg(all(test, loom))]
+mod model {
+    use loom::sync::Arc;
+
+    use super::*;
+
+    /// Publications of one run: the reader can meet each slot filled again under its eyes.
+    const PUBLICATIONS: u64 = 3;
+
+    type Words = [AtomicU64; 2];
+
+    /// Publishes *n* as both words of publication *n* while a reader reads, which fails if it takes two that differ.
+    fn publish_and_read<const WRITER_FENCE: bool, const READER_FENCE: bool>() {
+        loom::model(|| {
+            let slot = || [AtomicU64::new(0), AtomicU64::new(0)];
+            let latch = Arc::new(Latch::<Words, WRITER_FENCE, READER_FENCE>::new([slot(), slot()]));
+            let writer = loom::thread::spawn({
+                let latch = Arc::clone(&latch);
+                move || {
+                    for n in 1..=PUBLICATIONS {
+                        latch.publish(n, |words| words.iter().for_each(|word| word.store(n, Ordering::Relaxed)));
+                    }
+                }
+            });
+            let copy = |n, words: &Words| [n, words[0].load(Ordering::Relaxed), words[1].load(Ordering::Relaxed)];
+            // A try fails for a publication that was completed meanwhile; so in all it fails at most so often.
+            let read = (0..=PUBLICATIONS).find_map(|_| latch.try_read(copy));
+            let [n, first, second] = read.expect("the writer was where it was, and a reader was kept waiting");
+            assert!(first == n && second == n, "publication {n} was read as {first} and {second}");
+            writer.join().expect("it only stores");
+        });
+    }
+
+    #[test]
+    fn no_reader_is_torn_or_kept_waiting_wherever_the_writer_is() {
+        publish_and_read::<true, true>();
+    }
+
+    #[test]
+    #[should_panic(expected = "was read as")]
+    fn without_the_writers_fence_a_reader_is_torn() {
+        publish_and_read::<false, true>();
+    }
+
+    #[test]
+    #[should_panic(expected = "was read as")]
+    fn without_the_readers_fence_a_reader_is_torn() {
+        publish_and_read::<true, false>();
+    }
+}
