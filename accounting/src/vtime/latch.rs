@@ -80,8 +80,8 @@ mod model {
 
     use super::*;
 
-    /// Publications of one run: the reader can meet each slot filled again under its eyes.
-    const PUBLICATIONS: u64 = 3;
+    /// Publications of one run: the least by which a reader can meet the slot it reads filled again.
+    const PUBLICATIONS: u64 = 2;
 
     type Words = [AtomicU64; 2];
 
@@ -94,7 +94,9 @@ mod model {
                 let latch = Arc::clone(&latch);
                 move || {
                     for n in 1..=PUBLICATIONS {
-                        latch.publish(n, |words| words.iter().for_each(|word| word.store(n, Ordering::Relaxed)));
+                        latch.publish(n, |words| {
+                            words.iter().for_each(|word| word.store(n, Ordering::Relaxed))
+                        });
                     }
                 }
             });
@@ -102,7 +104,10 @@ mod model {
             // A try fails for a publication that was completed meanwhile; so in all it fails at most so often.
             let read = (0..=PUBLICATIONS).find_map(|_| latch.try_read(copy));
             let [n, first, second] = read.expect("the writer was where it was, and a reader was kept waiting");
-            assert!(first == n && second == n, "publication {n} was read as {first} and {second}");
+            assert!(
+                first == n && second == n,
+                "publication {n} was read as {first} and {second}"
+            );
             writer.join().expect("it only stores");
         });
     }
