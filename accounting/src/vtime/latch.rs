@@ -73,6 +73,62 @@ impl<S, const WRITER_FENCE: bool, const READER_FENCE: bool> Latch<S, WRITER_FENC
     }
 }
 
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WORDS: usize = 8;
+
+    type Words = [AtomicU64; WORDS];
+
+    fn latch() -> Latch<Words> {
+        Latch::new(Default::default())
+    }
+
+    fn fill(n: u64, words: &[AtomicU64]) {
+        words.iter().for_each(|word| word.store(n, Ordering::Relaxed));
+    }
+
+    fn copy(words: &[AtomicU64]) -> Vec<u64> {
+        words.iter().map(|word| word.load(Ordering::Relaxed)).collect()
+    }
+
+    #[test]
+    fn a_writer_stopped_after_any_word_leaves_the_last_publication_to_be_read_at_the_first_try() {
+        let latch = latch();
+        for n in 1..6 {
+            latch.publish(n, |words| {
+                for word in words {
+                    word.store(n, Ordering::Relaxed);
+                    let read = latch.try_read(|sequence, words| (sequence, copy(words)));
+                    assert_eq!(read, Some((n - 1, vec![n - 1; WORDS])));
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_reader_stopped_before_any_word_holds_up_no_writer_and_takes_nothing_torn() {
+        let latch = latch();
+        let mut n = 0;
+        for stop in 0..=WORDS {
+            for publications in 0..5 {
+                let read = latch.try_read(|_, words| {
+                    let mut read = copy(&words[..stop]);
+                    for _ in 0..publications {
+                        n += 1;
+                        latch.publish(n, |words| fill(n, words));
+                    }
+                    read.extend(copy(&words[stop..]));
+                    read
+                });
+                assert_eq!(read, (publications == 0).then(|| vec![n; WORDS]));
+                assert_eq!(latch.try_read(|_, words| copy(words)), Some(vec![n; WORDS]));
+            }
+        }
+    }
+}
+
 /// Every interleaving of a writer and a reader, with every value the memory model lets each load return.
 #[cfg(all(test, loom))]
 mod model {
