@@ -88,6 +88,23 @@ pub fn everything(layout: &Layout) -> Result<Built> {
     })
 }
 
+/// The unit tests of `accounting`, built for the model checker: those in modules named `model` are for it, and no other
+/// runs there. In a target directory of its own, for its flags would have everything built anew by turns.
+pub fn models(layout: &Layout) -> Result<TestProgram> {
+    let mut command = base(layout);
+    let mut rustflags = flags("RUSTFLAGS");
+    rustflags.push(" --cfg loom");
+    command
+        .env("RUSTFLAGS", rustflags)
+        .args(["test", "--no-run", "--package=accounting", "--lib"])
+        .args(["--target", TARGET, "--profile", PROFILE, "--target-dir"])
+        .arg(layout.target.join("loom"));
+    let program = messages(&mut command)?.iter().find_map(test_program);
+    let mut program = program.context("cargo built no tests of accounting")?;
+    program.name.push_str(" under loom");
+    Ok(program)
+}
+
 /// What measures, optimised as what is shipped is.
 pub fn bench(layout: &Layout) -> Result<PathBuf> {
     program(
@@ -165,6 +182,11 @@ fn cargo_build(layout: &Layout, profile: &str, args: &[&str]) -> Result<Vec<Mess
     command
         .args(["build", "--target", TARGET, "--profile", profile])
         .args(args);
+    messages(&mut command)
+}
+
+/// Has cargo build, and gives what it says of each finished target.
+fn messages(command: &mut Command) -> Result<Vec<Message>> {
     command.arg("--message-format=json-render-diagnostics");
     if !stderr().is_terminal() {
         command.arg("--quiet"); // errors and warnings are told all the same

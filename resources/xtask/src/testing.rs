@@ -1,6 +1,7 @@
 //! `cargo xtask test`: every test on the bed it is made for.
 //!
-//! * `anywhere`: unit tests, documentation tests, and the suites in tests/tests/ that need nothing.
+//! * `anywhere`: unit tests, documentation tests, the suites in tests/tests/ that need nothing, and the models that the
+//!   loom model checker runs.
 //! * `kvm`: tests/tests/kvm_*.rs, flat guests on this machine's /dev/kvm.
 //! * `nohz-full`: tests/tests/nohz_full_*.rs inside the emulated host, and kvm_*.rs there once more, on a real kvm-amd.
 //!
@@ -11,7 +12,7 @@ use std::fs::OpenOptions;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::build::{self, TestProgram};
 use crate::layout::Layout;
@@ -145,23 +146,52 @@ impl Run<'_> {
             documented.failed.push("documentation tests: the build".to_owned());
         }
         tally.add(documented);
+        tally.add(self.models()?);
         Ok(tally)
+    }
+
+    /// The models of `accounting`, by name: outside of a model no other test can use what loom puts in place of atomics.
+    fn models(&self) -> Result<Tally> {
+        let program = build::models(self.layout)?;
+        let models = self.list(&program)?.into_iter().filter(|test| test.contains("model::"));
+        let models: Vec<String> = models.collect();
+        if models.is_empty() {
+            return Ok(Tally::default());
+        }
+        println!("-- {} --", program.name);
+        self.run_here(&program, self.command(&program).arg("--exact").args(models))
     }
 
     fn here(&self) -> Result<Tally> {
         let mut tally = Tally::default();
         for program in self.programs {
             println!("-- {} --", program.name);
-            let mut command = self.command(program);
-            command.args(HARNESS);
-            let mut parser = Parser::default();
-            let success = follow(&mut command, |line| {
-                println!("{line}");
-                parser.line(line);
-            })?;
-            tally.add(named(parser.finish("the program", success), program));
+            tally.add(self.run_here(program, self.command(program).args(self.filter))?);
         }
         Ok(tally)
+    }
+
+    /// Runs `program` by `command`.
+    fn run_here(&self, program: &TestProgram, command: &mut Command) -> Result<Tally> {
+        let mut parser = Parser::default();
+        let success = follow(command.args(HARNESS), |line| {
+            println!("{line}");
+            parser.line(line);
+        })?;
+        Ok(named(parser.finish("the program", success), program))
+    }
+
+    /// The names of `program`'s tests, as far as the filter lets them through.
+    fn list(&self, program: &TestProgram) -> Result<Vec<String>> {
+        let mut command = self.command(program);
+        let output = command
+            .args(self.filter)
+            .args(["--list", "--format=terse"])
+            .output()
+            .with_context(|| format!("cannot run {}", program.executable.display()))?;
+        let list = String::from_utf8_lossy(&output.stdout).into_owned();
+        let names = list.lines().filter_map(|line| line.strip_suffix(": test"));
+        Ok(names.map(str::to_owned).collect())
     }
 
     fn in_emulated_host(&self, kit: &setup::Kit) -> Result<Tally> {
@@ -231,9 +261,7 @@ impl Run<'_> {
         println!("skipped: {why}");
         let mut tally = Tally::default();
         for program in self.programs {
-            let output = self.command(program).args(["--list", "--format=terse"]).output()?;
-            let list = String::from_utf8_lossy(&output.stdout).into_owned();
-            let tests = list.lines().filter_map(|line| line.strip_suffix(": test"));
+            let tests = self.list(program)?.into_iter();
             tally
                 .skipped
                 .extend(tests.map(|test| (format!("{}::{test}", program.name), why.to_owned())));
@@ -246,8 +274,7 @@ impl Run<'_> {
         let mut command = Command::new(&program.executable);
         command
             .current_dir(&program.package)
-            .env("CARGO_MANIFEST_DIR", &program.package)
-            .args(self.filter);
+            .env("CARGO_MANIFEST_DIR", &program.package);
         command.env("CHRONOVISOR_BED", self.layout.bed()).stdin(Stdio::null());
         command
     }
