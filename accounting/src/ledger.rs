@@ -146,7 +146,7 @@ mod tests {
         Modes::from_array(modes)
     }
 
-    fn distance(granted: [u64; 3], asked: [i128; 3]) -> i128 {
+    fn distance<const N: usize>(granted: [u64; N], asked: [i128; N]) -> i128 {
         granted
             .iter()
             .zip(asked)
@@ -183,6 +183,38 @@ mod tests {
                     let other = [a, b, sum - a - b];
                     prop_assert!(distance(ours, asked) <= distance(other, asked), "{:?} is nearer than {:?}", other, ours);
                 }
+            }
+        }
+
+        #[test]
+        fn seven_modes_get_what_handing_out_one_nanosecond_at_a_time_would_give(
+            asked in proptest::array::uniform7(-40i128..200), sum in 0u64..300,
+        ) {
+            // The slow way: each nanosecond to the mode that lacks most. That is the nearest there is, for by taking
+            // another each step would come less near, and the distance is a sum over modes of convex functions.
+            let mut slow = [0; Modes::COUNT];
+            for _ in 0..sum {
+                let lacks = |i: &usize| asked[*i] - i128::from(slow[*i]);
+                let most = (0..slow.len()).max_by_key(lacks).expect("there are seven");
+                slow[most] += 1;
+            }
+            let ours = nearest(asked, sum);
+            prop_assert_eq!(ours.iter().sum::<u64>(), sum);
+            prop_assert_eq!(distance(ours, asked), distance(slow, asked), "{:?} and {:?}", ours, slow);
+        }
+
+        #[test]
+        fn of_any_size_no_nanosecond_would_be_nearer_elsewhere(
+            asked in any::<[i64; Modes::COUNT]>(), sum in prop_oneof![0u64..100, any::<u64>()],
+        ) {
+            let asked = asked.map(i128::from);
+            let ours = nearest(asked, sum);
+            prop_assert_eq!(ours.iter().map(|&g| u128::from(g)).sum::<u128>(), u128::from(sum));
+            let lacks: Vec<i128> = asked.iter().zip(ours).map(|(a, g)| a - i128::from(g)).collect();
+            let most = lacks.iter().max().expect("there are seven");
+            for (lacks, granted) in lacks.iter().zip(ours) {
+                // Moving one from here to there changes the distance by 2 * (1 - (most - lacks)).
+                prop_assert!(granted == 0 || most - lacks <= 1, "{:?} of {:?}", ours, asked);
             }
         }
 
