@@ -275,7 +275,8 @@ impl Account {
             Some(end) => (end.raw, self.vtime.snapshot()?, (end.bracket, end.stamps)),
             None => {
                 let raw = books.probes.read(depth).ok()?;
-                (raw, self.vtime.snapshot()?, self.instant())
+                let (snapshot, instant) = self.vtime.snapshot_at(|| self.instant())?;
+                (raw, snapshot, instant)
             }
         };
         let seen = match self.closed.get() {

@@ -222,6 +222,40 @@ mod tests {
         assert_eq!((s.stamp, s.vmm, s.paused), (200, 100, 0));
     }
 
+    #[test]
+    fn the_clocks_end_and_a_clock_that_stands_still_or_wraps_lose_nothing() {
+        // 2^64 ticks are 117 years at 5 GHz.
+        let five_ghz = Scale::of(Instant::default(), Instant { ticks: 5, ns: 1 });
+        let (mut writer, reader) = vtime_at(five_ghz, 0, 0);
+        let times = [1 << 63, 1 << 63, u64::MAX - 1, u64::MAX, u64::MAX, 5, 0, u64::MAX];
+        for (i, now) in times.into_iter().enumerate() {
+            let to = if i % 2 == 0 { State::Vmm } else { State::Guest };
+            writer.turn_at(now, to, (to == State::Guest).then_some(ExitReason::Io));
+            let (s, h) = (
+                reader.snapshot().expect("nobody writes"),
+                reader.histograms().expect("nobody writes"),
+            );
+            assert_eq!(s.paused + s.vmm + s.guest, s.stamp);
+            assert_eq!(h.vmm.iter().sum::<u64>(), s.exits[ExitReason::Io as usize].count);
+        }
+        assert_eq!(reader.snapshot().expect("nobody writes").stamp, u64::MAX);
+    }
+
+    #[test]
+    fn a_transition_while_the_clock_is_read_makes_the_reader_take_both_anew() {
+        let (writer, reader) = vtime_at(ns_clock(), 0, 0);
+        let writer = std::cell::RefCell::new(writer);
+        let read = reader.snapshot_at(|| {
+            let now = writer.borrow().totals.stamp + 10;
+            if now < 50 {
+                writer.borrow_mut().turn_at(now, State::Vmm, None);
+            }
+            now
+        });
+        let (snapshot, now) = read.expect("five tries are enough");
+        assert_eq!((snapshot.stamp, now), (40, 50));
+    }
+
     fn any_reason() -> impl Strategy<Value = Option<ExitReason>> {
         proptest::option::of((0..ExitReason::COUNT).prop_map(|i| ExitReason::ALL[i]))
     }

@@ -28,6 +28,14 @@ impl VtimeReader {
         (0..Self::TRIES).find_map(|_| read())
     }
 
+    /// As [`VtimeReader::snapshot`], with what `clock` says while that snapshot is the last one: no transition comes between
+    /// the two, though the reader may be held up there, so the running slice truly belongs to the snapshot's state.
+    #[must_use]
+    pub fn snapshot_at<T>(&self, clock: impl Fn() -> T) -> Option<(Snapshot, T)> {
+        let read = || self.latch.try_read(|sequence, slot| (slot.snapshot(sequence), clock()));
+        (0..Self::TRIES).find_map(|_| read())
+    }
+
     /// The last complete histograms, all of one transition; `None` as [`VtimeReader::snapshot`]. They are apart from it
     /// because copying them takes several times as long.
     #[must_use]
