@@ -1,0 +1,54 @@
+//! As many vCPUs as there may be.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::thread;
+
+use accounting::host::HostCpus;
+use accounting::vtime::ExitReason;
+use accounting::{Account, Open, laws};
+
+#[test]
+fn thirty_two_vcpus_are_read_lawfully_at_once() {
+    const VCPUS: u32 = 32;
+    let host = Arc::new(HostCpus::read().expect("sysfs"));
+    let (tell, told) = channel();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for index in 0..VCPUS {
+            let (tell, host, done) = (tell.clone(), Arc::clone(&host), &done);
+            scope.spawn(move || {
+                let open = Open {
+                    index,
+                    kvm_stats: None,
+                    pinned: None,
+                    host,
+                };
+                let (mut writer, account) = Account::open(open).expect("own probes");
+                tell.send(Arc::clone(&account)).expect("the test listens");
+                writer.resume();
+                writer.guest_enter(None);
+                while !done.load(Ordering::Relaxed) {
+                    writer.guest_exit();
+                    writer.guest_enter(Some(ExitReason::Io));
+                    thread::yield_now();
+                }
+                writer.guest_exit();
+                account.close(writer);
+            });
+        }
+        let accounts: Vec<_> = told.iter().take(VCPUS as usize).collect();
+        let mut last: Vec<_> = accounts.iter().map(|account| account.read()).collect();
+        for _ in 0..50 {
+            for (account, last) in accounts.iter().zip(&mut last) {
+                let reading = account.read();
+                assert_eq!(laws::check_pair(last, &reading), Ok(()));
+                let histograms = account.histograms();
+                assert!(histograms.vmm.count >= reading.exits.total);
+                *last = reading;
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}
