@@ -22,6 +22,9 @@ pub enum ParseError {
     /// The text ends before this field.
     #[error("field {0} is missing")]
     Missing(usize),
+    /// The text ends within this field, or right behind it: how it would go on cannot be told.
+    #[error("the text is cut in field {0}")]
+    Cut(usize),
     /// This field is not the number it should be.
     #[error("field {0} is not a number")]
     NotANumber(usize),
@@ -73,16 +76,12 @@ impl<'a> Fields<'a> {
             if self.words.is_empty() {
                 return Err(ParseError::Missing(field));
             }
-            let end = self
-                .words
-                .iter()
-                .position(u8::is_ascii_whitespace)
-                .unwrap_or(self.words.len());
-            let (word, rest) = self.words.split_at(end);
+            let end = self.words.iter().position(u8::is_ascii_whitespace);
+            let (word, rest) = self.words.split_at(end.unwrap_or(self.words.len()));
             self.words = rest;
             self.next += 1;
             if self.next > field {
-                return Ok(word);
+                return end.map(|_| word).ok_or(ParseError::Cut(field));
             }
         }
     }
@@ -142,11 +141,10 @@ mod tests {
 
     #[test]
     fn a_text_cut_anywhere_is_refused_or_whole_up_to_the_last_field() {
-        let end = STAT.find(" 489").expect("it is there") + 4;
+        let end = STAT.find(" 489 ").expect("it is there") + 5;
         for cut in 0..STAT.len() {
             let parsed = parse_stat(&STAT.as_bytes()[..cut]);
-            // A cut inside the digits of the last field used cannot be told from a smaller number.
-            assert_eq!(parsed.is_ok(), cut > end - 3, "cut at {cut}");
+            assert_eq!(parsed.is_ok(), cut >= end, "cut at {cut}");
         }
     }
 
@@ -154,6 +152,7 @@ mod tests {
     fn run_delay_is_the_second_figure() {
         assert_eq!(parse_schedstat(b"374195 77 3\n"), Ok(77));
         assert_eq!(parse_schedstat(b"374195"), Err(ParseError::Missing(2)));
+        assert_eq!(parse_schedstat(b"374195 7"), Err(ParseError::Cut(2)));
         assert_eq!(parse_schedstat(b"374195 -1 3"), Err(ParseError::NotANumber(2)));
     }
 }
