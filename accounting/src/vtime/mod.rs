@@ -177,8 +177,9 @@ pub fn vtime(now: u64, cpu_ns: u64) -> (VtimeWriter, VtimeReader) {
     vtime_at(Scale::of_this_host(), now, cpu_ns)
 }
 
-/// As [`vtime`], on a clock of a known rate.
-fn vtime_at(scale: Scale, now: u64, cpu_ns: u64) -> (VtimeWriter, VtimeReader) {
+/// As [`vtime`], on a TSC whose rate is known, as from `KVM_GET_TSC_KHZ`: `scale` need not be measured.
+#[must_use]
+pub fn vtime_at(scale: Scale, now: u64, cpu_ns: u64) -> (VtimeWriter, VtimeReader) {
     let latch = Arc::new(Latch::new([Slot::default(), Slot::default()]));
     let writer = VtimeWriter::new(Arc::clone(&latch), Edges::new(scale), now, cpu_ns);
     (writer, VtimeReader::new(latch))

@@ -9,9 +9,9 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::build;
 use crate::layout::Layout;
 use crate::process::follow;
+use crate::{build, instructions};
 
 /// One row: `ratio` is `ours / against`, and should be at most `limit`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -34,7 +34,7 @@ pub fn bench(layout: &Layout) -> Result<()> {
     let program = build::bench(layout)?;
 
     println!(
-        "{:<18} {:>10} {:>10} {:<4} {:>6} {:>6}",
+        "{:<20} {:>10} {:>10} {:<4} {:>6} {:>6}",
         "row", "ours", "against", "unit", "ratio", "limit"
     );
     let mut table = Table::default();
@@ -49,7 +49,7 @@ pub fn bench(layout: &Layout) -> Result<()> {
                 ratio,
                 limit,
             } = &row;
-            println!("{key:<18} {ours:>10.1} {against:>10.1} {unit:<4} {ratio:>6.2} {limit:>6.2}{over}");
+            println!("{key:<20} {ours:>10.1} {against:>10.1} {unit:<4} {ratio:>6.2} {limit:>6.2}{over}");
             table.rows.push(row);
         }
         Err(_) => println!("{line}"),
@@ -59,6 +59,7 @@ pub fn bench(layout: &Layout) -> Result<()> {
         "{} failed",
         program.display()
     );
+    on_line(&instructions::row(layout).unwrap_or_else(|error| format!("no row stamps_instructions: {error:#}")));
 
     let path = layout.target.join("bench.json");
     let json = serde_json::to_string_pretty(&table)?;

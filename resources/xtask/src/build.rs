@@ -113,6 +113,14 @@ pub fn bench(layout: &Layout) -> Result<PathBuf> {
     )
 }
 
+/// What is executed to count the instructions of the stamps.
+pub fn stamps(layout: &Layout) -> Result<PathBuf> {
+    program(
+        &cargo_build(layout, "release", &["--package=tests", "--bin=stamps"])?,
+        "stamps",
+    )
+}
+
 /// `cargo test --doc`, built as the rest is.
 pub fn doc_tests(layout: &Layout) -> Command {
     let mut command = base(layout);

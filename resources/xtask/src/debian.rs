@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::progress::Progress;
 
-/// What must be installed: the command looked for, and the package that has it.
+/// What must be installed for most of what there is to do: the command looked for, and the package that has it.
 const INSTALLED: &[(&str, &str)] = &[("qemu-system-x86_64", "qemu-system-x86")];
 
 /// Installs what is lacking.
@@ -20,9 +20,17 @@ const INSTALLED: &[(&str, &str)] = &[("qemu-system-x86_64", "qemu-system-x86")];
 /// # Errors
 /// Not root: the line that root should type. Otherwise what apt-get said.
 pub fn install_missing() -> Result<()> {
+    install(INSTALLED)
+}
+
+/// Installs what is lacking of `commands`, each with the package that has it.
+///
+/// # Errors
+/// As [`install_missing`].
+pub fn install(commands: &[(&str, &str)]) -> Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let lacks = |command: &str| !std::env::split_paths(&path).any(|dir| dir.join(command).is_file());
-    let missing: Vec<&str> = INSTALLED
+    let missing: Vec<&str> = commands
         .iter()
         .filter(|(command, _)| lacks(command))
         .map(|&(_, package)| package)

@@ -9,6 +9,7 @@ mod build;
 mod cpio;
 mod debian;
 mod demo;
+mod instructions;
 mod layout;
 mod libtest;
 mod process;
