@@ -197,7 +197,6 @@ fn inputs(life: &Life, host: &Host, look: &Look) -> Inputs {
         halt_poll_ns: counted(2, life.ended_until(kvm_at, &[Polling])),
         age_ns: now - begun,
         tick_ns: TICK,
-        ..Inputs::default()
     }
 }
 
