@@ -18,14 +18,18 @@
 //!
 //! Counted by the way: the exits by reason, and in powers of two how long each exit's handling and each stay in `KVM_RUN`
 //! took. A slot is not written whole but where the last two transitions changed it, so the histograms cost a transition
-//! one product, one addition and two stores.
+//! one product, one addition and four stores.
 //!
 //! All figures are raw TSC ticks; the reader converts.
 
 mod histogram;
 mod latch;
+#[cfg(all(test, loom))]
+mod model;
 mod reader;
 mod slot;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::sync::Arc;
@@ -181,192 +185,7 @@ pub fn vtime(now: u64, cpu_ns: u64) -> (VtimeWriter, VtimeReader) {
 #[must_use]
 pub fn vtime_at(scale: Scale, now: u64, cpu_ns: u64) -> (VtimeWriter, VtimeReader) {
     let latch = Arc::new(Latch::new([Slot::default(), Slot::default()]));
-    let writer = VtimeWriter::new(Arc::clone(&latch), Edges::new(scale), now, cpu_ns);
-    (writer, VtimeReader::new(latch))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn step(writer: &mut VtimeWriter, now: u64, to: State, handled: Option<ExitReason>) -> Snapshot {
-        let likely = if to == State::Guest { State::Vmm } else { State::Guest };
-        writer.turn_at(now, likely, to, handled);
-        writer.totals
-    }
-
-    #[test]
-    fn a_slice_goes_to_the_state_that_is_left() {
-        let (mut writer, reader) = vtime(100, 0);
-        step(&mut writer, 110, State::Vmm, None);
-        step(&mut writer, 113, State::Guest, None);
-        step(&mut writer, 163, State::Vmm, None);
-        step(&mut writer, 170, State::Guest, Some(ExitReason::Io));
-        let s = reader.snapshot().expect("nobody writes");
-        assert_eq!(
-            (s.state, s.stamp, s.guest, s.vmm, s.paused),
-            (State::Guest, 170, 50, 10, 10)
-        );
-        assert_eq!(s.exits[ExitReason::Io as usize], ExitTicks { count: 1, vmm: 7 });
-    }
-
-    #[test]
-    fn a_clock_that_steps_back_costs_nothing_and_loses_nothing() {
-        let (mut writer, reader) = vtime(100, 0);
-        step(&mut writer, 90, State::Vmm, None);
-        step(&mut writer, 200, State::Guest, None);
-        let s = reader.snapshot().expect("nobody writes");
-        assert_eq!((s.stamp, s.vmm, s.paused), (200, 100, 0));
-    }
-
-    #[test]
-    fn the_clocks_end_and_a_clock_that_stands_still_or_wraps_lose_nothing() {
-        // 2^64 ticks are 117 years at 5 GHz.
-        let five_ghz = Scale::of(Instant::default(), Instant { ticks: 5, ns: 1 });
-        let (mut writer, reader) = vtime_at(five_ghz, 0, 0);
-        let times = [1 << 63, 1 << 63, u64::MAX - 1, u64::MAX, u64::MAX, 5, 0, u64::MAX];
-        for (i, now) in times.into_iter().enumerate() {
-            let to = if i % 2 == 0 { State::Vmm } else { State::Guest };
-            writer.turn_at(now, to, (to == State::Guest).then_some(ExitReason::Io));
-            let (s, h) = (
-                reader.snapshot().expect("nobody writes"),
-                reader.histograms().expect("nobody writes"),
-            );
-            assert_eq!(s.paused + s.vmm + s.guest, s.stamp);
-            assert_eq!(h.vmm.iter().sum::<u64>(), s.exits[ExitReason::Io as usize].count);
-        }
-        assert_eq!(reader.snapshot().expect("nobody writes").stamp, u64::MAX);
-    }
-
-    #[test]
-    fn a_transition_while_the_clock_is_read_makes_the_reader_take_both_anew() {
-        let (writer, reader) = vtime_at(ns_clock(), 0, 0);
-        let writer = std::cell::RefCell::new(writer);
-        let read = reader.snapshot_at(|| {
-            let now = writer.borrow().totals.stamp + 10;
-            if now < 50 {
-                writer.borrow_mut().turn_at(now, State::Vmm, None);
-            }
-            now
-        });
-        let (snapshot, now) = read.expect("five tries are enough");
-        assert_eq!((snapshot.stamp, now), (40, 50));
-    }
-
-    fn any_reason() -> impl Strategy<Value = Option<ExitReason>> {
-        proptest::option::of((0..ExitReason::COUNT).prop_map(|i| ExitReason::ALL[i]))
-    }
-
-    proptest! {
-        #[test]
-        fn what_is_read_is_what_was_written_after_every_transition(
-            steps in proptest::collection::vec((0u64..1_000, 0u64..4, any_reason()), 1..60),
-        ) {
-            let (mut writer, reader) = vtime(0, 0);
-            let mut now = 0;
-            for (slice, to, handled) in steps {
-                now += slice;
-                let written = step(&mut writer, now, State::from_word(to), handled);
-                prop_assert_eq!(reader.snapshot(), Some(written));
-            }
-        }
-    }
-
-    #[test]
-    fn no_reader_sees_half_a_stamp() {
-        let (mut writer, reader) = vtime(0, 0);
-        let done = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let readers: Vec<_> = (0..2)
-                .map(|_| {
-                    scope.spawn(|| {
-                        let mut last = 0;
-                        while !done.load(Ordering::Relaxed) {
-                            let Some(s) = reader.snapshot() else { continue };
-                            // The writer below stamps by ones, so every tick is in exactly one bucket.
-                            assert_eq!(s.guest + s.vmm + s.paused, s.stamp);
-                            assert_eq!(
-                                s.exits.iter().map(|e| e.vmm).sum::<u64>(),
-                                s.exits.iter().map(|e| e.count).sum::<u64>()
-                            );
-                            assert!(s.sequence >= last);
-                            last = s.sequence;
-                        }
-                    })
-                })
-                .collect();
-            let mut now = 0;
-            let mut tick = || {
-                now += 1;
-                now
-            };
-            writer.turn_at(tick(), State::Guest, State::Vmm, None);
-            for i in 0..300_000 {
-                writer.turn_at(
-                    tick(),
-                    State::Vmm,
-                    State::Guest,
-                    (i > 0).then_some(ExitReason::ALL[i % ExitReason::COUNT]),
-                );
-                writer.turn_at(tick(), State::Guest, State::Vmm, None);
-            }
-            done.store(true, Ordering::Relaxed);
-            for reader in readers {
-                reader.join().expect("a reader saw half a stamp");
-            }
-        });
-    }
-}
-
-/// The real slots under the model checker; see the latch's own models for what it proves.
-#[cfg(all(test, loom))]
-mod model {
-    use super::*;
-    use crate::clock::Instant;
-
-    /// A try stores and loads some 20 words a transition, so not every interleaving can be tried: all with up to two
-    /// preemptions, which is what it takes to tear a read (into the writer, and back).
-    const PREEMPTIONS: usize = 2;
-
-    /// Runs an exit and its handling, every slice one tick long, while `read` reads.
-    fn exit_and_read(read: fn(&VtimeReader)) {
-        let mut model = loom::model::Builder::new();
-        model.preemption_bound = Some(PREEMPTIONS);
-        model.check(move || {
-            let ns_clock = Scale::of(Instant::default(), Instant { ticks: 1, ns: 1 });
-            let (mut writer, reader) = vtime_at(ns_clock, 0, 0);
-            writer.turn_at(1, State::Vmm, None);
-            writer.turn_at(2, State::Guest, None);
-            let vcpu = loom::thread::spawn(move || {
-                writer.turn_at(3, State::Vmm, None);
-                writer.turn_at(4, State::Guest, Some(ExitReason::Io));
-            });
-            read(&reader);
-            vcpu.join().expect("it only stores");
-        });
-    }
-
-    #[test]
-    fn a_snapshot_is_of_one_transition() {
-        exit_and_read(|reader| {
-            let s = reader.snapshot().expect("a reader was kept waiting");
-            assert_eq!(s.paused + s.vmm + s.guest, s.stamp);
-            assert_eq!(s.stamp + 1, s.sequence);
-            assert_eq!(s.exits[ExitReason::Io as usize].count, u64::from(s.sequence == 5));
-        });
-    }
-
-    #[test]
-    fn histograms_are_of_one_transition() {
-        exit_and_read(|reader| {
-            let h = reader.histograms().expect("a reader was kept waiting");
-            let [run, vmm] = [h.run, h.vmm].map(|counts| counts.iter().sum::<u64>());
-            assert_eq!((run, vmm), (u64::from(h.sequence >= 4), u64::from(h.sequence == 5)));
-            assert_eq!((run, vmm), (h.run_ticks, h.vmm_ticks));
-        });
-    }
+    let edges = Edges::new(scale);
+    let writer = VtimeWriter::new(Arc::clone(&latch), edges, now, cpu_ns);
+    (writer, VtimeReader::new(latch, edges))
 }
