@@ -7,7 +7,7 @@ use std::thread;
 
 use accounting::host::HostCpus;
 use accounting::vtime::ExitReason;
-use accounting::{Account, Open, laws};
+use accounting::{Account, Gtime, Open, laws};
 
 #[test]
 fn thirty_two_vcpus_are_read_lawfully_at_once() {
@@ -24,6 +24,7 @@ fn thirty_two_vcpus_are_read_lawfully_at_once() {
                     kvm_stats: None,
                     pinned: None,
                     host,
+                    gtime: Gtime::default(),
                 };
                 let (mut writer, account) = Account::open(open).expect("own probes");
                 tell.send(Arc::clone(&account)).expect("the test listens");

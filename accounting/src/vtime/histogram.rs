@@ -28,17 +28,38 @@ pub const fn upper_edge_ns(index: usize) -> Option<u64> {
     }
 }
 
-/// The counts of both histograms: of stays in `KVM_RUN`, then of the VMM's handling of exits.
-pub(super) type Counts<T> = [[T; BUCKETS]; 2];
-
-/// What a histogram counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Of {
-    /// Stays in `KVM_RUN`.
+/// What a slice counts as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Kind {
+    /// Neither histogram counts it.
+    #[default]
+    Neither,
+    /// A stay in `KVM_RUN`.
     Run,
-    /// The VMM's handling of exits.
+    /// The VMM's handling of an exit.
     Vmm,
 }
+
+impl Kind {
+    pub(super) fn from_word(word: u64) -> Self {
+        match word {
+            1 => Self::Run,
+            2 => Self::Vmm,
+            _ => Self::Neither,
+        }
+    }
+}
+
+/// The slice that ended last. It is counted when the next one ends: see [`super::writer`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Ended {
+    pub(super) kind: Kind,
+    pub(super) ticks: u64,
+}
+
+/// The counts of both histograms: of stays in `KVM_RUN`, then of the VMM's handling of exits.
+pub(super) type Counts<T> = [[T; BUCKETS]; 2];
 
 /// A bucket of either histogram, by its place in the two of them laid end to end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,10 +94,15 @@ impl Edges {
         }
     }
 
-    /// The place of a slice of `ticks`.
+    /// Where a slice is counted, if it is.
     #[inline(always)]
-    pub(super) fn place(self, of: Of, ticks: u64) -> Place {
-        Place(of as usize * BUCKETS + self.bucket(ticks))
+    pub(super) fn place(self, ended: Ended) -> Option<Place> {
+        let first = match ended.kind {
+            Kind::Neither => return None,
+            Kind::Run => 0,
+            Kind::Vmm => BUCKETS,
+        };
+        Some(Place(first + self.bucket(ended.ticks)))
     }
 
     #[inline(always)]
@@ -127,12 +153,12 @@ mod tests {
     proptest! {
         #[test]
         fn a_slice_is_in_the_bucket_whose_edges_hold_it(
-            // 15.7 MHz to 5 GHz, the span of the TSCs there are and were.
-            per_us in 16u64..5_000, ticks in prop_oneof![0u64..1 << 20, 0u64..1 << 40, 0u64..1 << 60],
+            // 32 MHz to 5 GHz: all TSCs there are and were.
+            per_us in 32u64..=5_000, ticks in prop_oneof![0u64..1 << 20, 0u64..1 << 40, 0u64..1 << 60],
         ) {
             let index = at(per_us, 1_000).bucket(ticks);
             let ns = u128::from(ticks) * 1_000 / u128::from(per_us);
-            // The factor is cut to 64 bits, so the product may fall short by 2^-64 units for each tick: less than 1 ns.
+            // The factor is cut to 64 bits, so the product may fall short by 2^-64 halves for each tick: less than 1 ns.
             let (lower, upper) = (index.checked_sub(1).and_then(upper_edge_ns).unwrap_or(0), upper_edge_ns(index));
             prop_assert!(ns >= u128::from(lower), "{} ns is below {}", ns, lower);
             prop_assert!(upper.is_none_or(|upper| ns <= u128::from(upper)), "{} ns is beyond {:?}", ns, upper);

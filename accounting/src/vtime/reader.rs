@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::histogram::Edges;
 use super::latch::Latch;
 use super::slot::Slot;
 use super::{Histograms, Snapshot};
@@ -10,6 +11,7 @@ use super::{Histograms, Snapshot};
 #[derive(Clone, Debug)]
 pub struct VtimeReader {
     latch: Arc<Latch<Slot>>,
+    edges: Edges,
 }
 
 impl VtimeReader {
@@ -17,8 +19,8 @@ impl VtimeReader {
     /// an exit takes a microsecond at least. A reader that fails this often was itself held up each time.
     const TRIES: usize = 64;
 
-    pub(super) fn new(latch: Arc<Latch<Slot>>) -> Self {
-        Self { latch }
+    pub(super) fn new(latch: Arc<Latch<Slot>>, edges: Edges) -> Self {
+        Self { latch, edges }
     }
 
     /// The last complete snapshot; `None` where a writer in full career outran every one of a bounded number of tries.
@@ -40,7 +42,10 @@ impl VtimeReader {
     /// because copying them takes several times as long.
     #[must_use]
     pub fn histograms(&self) -> Option<Histograms> {
-        let read = || self.latch.try_read(|sequence, slot| slot.histograms(sequence));
+        let read = || {
+            self.latch
+                .try_read(|sequence, slot| slot.histograms(sequence, self.edges))
+        };
         (0..Self::TRIES).find_map(|_| read())
     }
 }

@@ -1,6 +1,6 @@
 //! What one slot of the latch holds: every word of a snapshot, and the histograms.
 
-use super::histogram::{Counts, Of, Place};
+use super::histogram::{Counts, Edges, Ended, Kind, Place};
 use super::{ExitReason, Histograms, Snapshot, State};
 use crate::sync::{AtomicU64, Ordering};
 
@@ -15,6 +15,8 @@ struct ExitWords {
 pub(super) struct Slot {
     state: AtomicU64,
     stamp: AtomicU64,
+    ended_kind: AtomicU64,
+    ended_ticks: AtomicU64,
     guest: AtomicU64,
     vmm: AtomicU64,
     paused: AtomicU64,
@@ -24,25 +26,32 @@ pub(super) struct Slot {
     counts: Counts<AtomicU64>,
 }
 
+/// A count of a histogram, and where it stands.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Count {
+    pub(super) place: Place,
+    pub(super) count: u64,
+}
+
 /// Which words one transition changes, of those that not every transition does.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Changed {
     /// The exit counted.
     pub(super) exit: Option<ExitReason>,
-    /// The place counted in; where nothing was counted any will do, for storing a word that is up to date changes
-    /// nothing, and costs less than asking whether to.
-    pub(super) place: Place,
-    /// The count there, to spare the load that would have to wait for the store.
-    pub(super) count: u64,
+    /// The slice counted; where none was, any count that is up to date: storing it changes nothing, and costs less than
+    /// asking whether to.
+    pub(super) slice: Count,
 }
 
 impl Slot {
     /// Brings a slot last filled two transitions ago up to date. Of the words that not every transition changes, only
     /// those that the last two changed differ.
     #[inline(always)]
-    pub(super) fn fill(&self, t: &Snapshot, last_two: [Changed; 2]) {
+    pub(super) fn fill(&self, t: &Snapshot, ended: Ended, last_two: [Changed; 2]) {
         self.state.store(t.state as u64, Ordering::Relaxed);
         self.stamp.store(t.stamp, Ordering::Relaxed);
+        self.ended_kind.store(ended.kind as u64, Ordering::Relaxed);
+        self.ended_ticks.store(ended.ticks, Ordering::Relaxed);
         self.guest.store(t.guest, Ordering::Relaxed);
         self.vmm.store(t.vmm, Ordering::Relaxed);
         self.paused.store(t.paused, Ordering::Relaxed);
@@ -55,7 +64,8 @@ impl Slot {
                 words.vmm.store(exit.vmm, Ordering::Relaxed);
             }
             // In this order: should both be of one place, the later count is the one that stays.
-            changed.place.of(&self.counts).store(changed.count, Ordering::Relaxed);
+            let Count { place, count } = changed.slice;
+            place.of(&self.counts).store(count, Ordering::Relaxed);
         }
     }
 
@@ -79,17 +89,24 @@ impl Slot {
         snapshot
     }
 
-    pub(super) fn histograms(&self, sequence: u64) -> Histograms {
-        let load = |of: Of| {
-            self.counts[of as usize]
-                .each_ref()
-                .map(|count| count.load(Ordering::Relaxed))
+    pub(super) fn histograms(&self, sequence: u64, edges: Edges) -> Histograms {
+        let mut counts = self
+            .counts
+            .each_ref()
+            .map(|counts| counts.each_ref().map(|count| count.load(Ordering::Relaxed)));
+        let ended = Ended {
+            kind: Kind::from_word(self.ended_kind.load(Ordering::Relaxed)),
+            ticks: self.ended_ticks.load(Ordering::Relaxed),
         };
+        if let Some(place) = edges.place(ended) {
+            *place.of_mut(&mut counts) += 1;
+        }
+        let [run, vmm] = counts;
         Histograms {
             sequence,
-            run: load(Of::Run),
+            run,
             run_ticks: self.guest.load(Ordering::Relaxed),
-            vmm: load(Of::Vmm),
+            vmm,
             vmm_ticks: self.exits.iter().map(|words| words.vmm.load(Ordering::Relaxed)).sum(),
         }
     }
