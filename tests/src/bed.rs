@@ -9,11 +9,16 @@ use std::path::{Path, PathBuf};
 macro_rules! require_bed {
     ($bed:ident) => {
         if let Err(why) = $crate::bed::$bed() {
-            let test = std::thread::current().name().unwrap_or("?").to_owned();
-            println!("SKIPPED {}: {test}: {why}", stringify!($bed).replace('_', "-"));
+            $crate::bed::skipped(&stringify!($bed).replace('_', "-"), &why);
             return;
         }
     };
+}
+
+/// Says that the calling test, which has to end now, was skipped, in the one line that `cargo xtask test` counts.
+pub fn skipped(bed: &str, why: &str) {
+    let test = std::thread::current().name().unwrap_or("?").to_owned();
+    println!("SKIPPED {bed}: {test}: {why}");
 }
 
 /// Whether `/dev/kvm` can be opened.

@@ -9,6 +9,8 @@ pub mod client;
 pub mod failure;
 pub mod flat;
 pub mod interrupts;
+pub mod kernel;
 pub mod terminal;
 pub mod trace;
 pub mod vm;
+pub mod workload;

@@ -9,12 +9,14 @@
 //! [`Guest`] is one vCPU of it on a `vcpu::Vcpu`, and the readings its own account gives at each thing the guest tells.
 //! [`elf`] makes a kernel of a program, for `chronovisor run --kernel`.
 
+mod dodge;
 mod elf;
 mod guest;
 mod machine;
 mod program;
 
+pub use dodge::Dodged;
 pub use elf::elf;
-pub use guest::{Event, Guest, Mark, Report};
+pub use guest::{Event, Figure, Guest, Mark, Report};
 pub use machine::Machine;
-pub use program::{Program, port};
+pub use program::{Between, Program, port};

@@ -10,6 +10,40 @@ pub mod port {
     pub const DONE: u16 = 0x508;
     /// Nothing but an exit.
     pub const STORM: u16 = 0x50c;
+    /// To be held for as many microseconds as are written: the VMM sleeps.
+    pub const SLEEP: u16 = 0x510;
+    /// To be held until the host's next tick is over: the VMM sleeps across it.
+    pub const DODGE: u16 = 0x514;
+}
+
+/// What a guest of [`Program::burn`] does before each of its slices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Between {
+    /// Nothing: the slices are one.
+    Nothing,
+    /// An exit to STORM.
+    Exit,
+    /// Sleeps for so many microseconds.
+    Sleep(u32),
+    /// Sleeps across the host's next tick.
+    Dodge,
+}
+
+impl Between {
+    fn code(self) -> Vec<u8> {
+        let (port, value) = match self {
+            Self::Nothing => return vec![],
+            Self::Exit => (port::STORM, 0),
+            Self::Sleep(us) => (port::SLEEP, us),
+            Self::Dodge => (port::DODGE, 0),
+        };
+        let mut code = vec![0xb8]; //                    mov    $value, %eax
+        code.extend(value.to_le_bytes());
+        code.extend([0x66, 0xba]); //                    mov    $port, %dx
+        code.extend(port.to_le_bytes());
+        code.push(0xef); //                              out    %eax, %dx
+        code
+    }
 }
 
 /// A program and the privilege it wants.
@@ -54,6 +88,92 @@ impl Program {
             0x66, 0xba, 0x08, 0x05, //                   mov    $DONE, %dx
             0xef, //                                     out    %eax, %dx
             0xeb, 0xfe, //                               jmp    .
+        ]);
+        Self { code, ring: 3 }
+    }
+
+    /// Tells READY, burns `slices` slices of `slice` ticks each, `between` before each, and reports two figures: the
+    /// ticks it burned, and those it lost. Then DONE.
+    ///
+    /// It reads the TSC over and over. A step of at most `gap` ticks from one read to the next is burned; a longer one
+    /// is lost, for the guest was somewhere between the two reads and cannot tell where: its thread was preempted, or
+    /// the host handled an interrupt. What it burned is thus the least guest time there was, and with what it lost the
+    /// most, but for the few instructions before the first and after the last read of a slice.
+    #[must_use]
+    pub fn burn(slice: u64, slices: u64, between: Between, gap: u64) -> Self {
+        let mut code = vec![0x49, 0xba]; //              movabs $slice, %r10
+        code.extend(slice.to_le_bytes());
+        code.extend([0x49, 0xb9]); //                    movabs $gap, %r9
+        code.extend(gap.to_le_bytes());
+        code.extend([0x48, 0xb9]); //                    movabs $slices, %rcx
+        code.extend(slices.to_le_bytes());
+        code.extend([
+            0x31, 0xdb, //                               xor    %ebx, %ebx
+            0x31, 0xff, //                               xor    %edi, %edi
+            0x66, 0xba, 0x00, 0x05, //                   mov    $READY, %dx
+            0xef, //                                     out    %eax, %dx
+        ]);
+        let slice_at = code.len();
+        // slice:
+        code.extend(between.code());
+        code.extend([
+            0x0f, 0x31, //                               rdtsc
+            0x48, 0xc1, 0xe2, 0x20, //                   shl    $32, %rdx
+            0x48, 0x09, 0xd0, //                         or     %rdx, %rax
+            0x49, 0x89, 0xc0, //                         mov    %rax, %r8
+            0x48, 0x89, 0xc6, //                         mov    %rax, %rsi
+            // again:
+            0x0f, 0x31, //                               rdtsc
+            0x48, 0xc1, 0xe2, 0x20, //                   shl    $32, %rdx
+            0x48, 0x09, 0xd0, //                         or     %rdx, %rax
+            0x48, 0x89, 0xc2, //                         mov    %rax, %rdx
+            0x48, 0x29, 0xf2, //                         sub    %rsi, %rdx
+            0x48, 0x89, 0xc6, //                         mov    %rax, %rsi
+            0x4c, 0x39, 0xca, //                         cmp    %r9, %rdx
+            0x77, 0x05, //                               ja     lost
+            0x48, 0x01, 0xd3, //                         add    %rdx, %rbx
+            0xeb, 0x03, //                               jmp    check
+            // lost:
+            0x48, 0x01, 0xd7, //                         add    %rdx, %rdi
+            // check:
+            0x4c, 0x29, 0xc0, //                         sub    %r8, %rax
+            0x4c, 0x39, 0xd0, //                         cmp    %r10, %rax
+            0x72, 0xd9, //                               jb     again
+            0x48, 0xff, 0xc9, //                         dec    %rcx
+        ]);
+        let back = u8::try_from(code.len() + 2 - slice_at).expect("some 80 bytes");
+        code.extend([
+            0x75,
+            back.wrapping_neg(), //                jnz    slice
+            0x66,
+            0xba,
+            0x04,
+            0x05, //                   mov    $REPORT, %dx
+            0x48,
+            0x89,
+            0xd8, //                         mov    %rbx, %rax
+            0xef, //                                     out    %eax, %dx
+            0x48,
+            0xc1,
+            0xe8,
+            0x20, //                   shr    $32, %rax
+            0xef, //                                     out    %eax, %dx
+            0x48,
+            0x89,
+            0xf8, //                         mov    %rdi, %rax
+            0xef, //                                     out    %eax, %dx
+            0x48,
+            0xc1,
+            0xe8,
+            0x20, //                   shr    $32, %rax
+            0xef, //                                     out    %eax, %dx
+            0x66,
+            0xba,
+            0x08,
+            0x05, //                   mov    $DONE, %dx
+            0xef, //                                     out    %eax, %dx
+            0xeb,
+            0xfe, //                               jmp    .
         ]);
         Self { code, ring: 3 }
     }
