@@ -35,6 +35,8 @@
 //! two, and [`ledger`] publishes them so that they sum and never step back. [`account`] ties the four together;
 //! it is all a VMM needs to know. [`disturbance`] notices what on the host makes less of all this than was promised.
 //!
+//! `examples/kvm_loop.rs` accounts for a KVM loop that is not ours, in a dozen lines.
+//!
 //! Nothing here opens `/dev/kvm`, starts a lasting thread or speaks HTTP.
 
 pub mod account;
