@@ -121,6 +121,15 @@ pub fn stamps(layout: &Layout) -> Result<PathBuf> {
     )
 }
 
+/// The `chronovisor` program, and what holds readings against the truth.
+pub fn accuracy(layout: &Layout) -> Result<(PathBuf, PathBuf)> {
+    let messages = cargo_build(layout, PROFILE, &["--package=api", "--package=tests", "--bins"])?;
+    Ok((
+        into_bed(layout, program(&messages, "chronovisor")?)?,
+        program(&messages, "accuracy")?,
+    ))
+}
+
 /// `cargo test --doc`, built as the rest is.
 pub fn doc_tests(layout: &Layout) -> Command {
     let mut command = base(layout);

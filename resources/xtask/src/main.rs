@@ -3,6 +3,7 @@
 //! What it downloads and makes is kept in target/chronovisor; nothing outside the target directory is written, but for the
 //! Debian packages that it installs as root.
 
+mod accuracy;
 mod bed;
 mod bench;
 mod build;
@@ -62,6 +63,11 @@ enum Task {
     ///
     /// Prints a table and writes it to bench.json in the target directory. A row over its limit says so.
     Bench,
+    /// Hold readings against the truth, and against what the kernel says: docs/accuracy.md
+    ///
+    /// Guests that know what they burned run in the emulated host, on a CPU whose tick samples and on one whose tick is
+    /// stopped, and on this machine if it has a /dev/kvm. Writes a table and a plot.
+    Accuracy,
     /// Open a shell in the emulated host, where CPUs 1 and 2 are tickless
     ///
     /// The chronovisor program and the Debian guest are in /bed, the test programs in /tests. Leave with exit,
@@ -96,6 +102,7 @@ fn run(task: Task) -> Result<bool> {
         Task::Demo => demo::demo(&layout).map(|()| true),
         Task::Test { bed, filter } => testing::test(&layout, bed, filter.as_deref()),
         Task::Bench => bench::bench(&layout).map(|()| true),
+        Task::Accuracy => accuracy::accuracy(&layout).map(|()| true),
         Task::Host => host(&layout),
         Task::Lint => lint(&layout),
     }

@@ -1,0 +1,112 @@
+//! `cargo xtask accuracy`: what each way of telling a vCPU's guest time is worth.
+//!
+//! Guests that know what they burned run in the emulated host, on a CPU whose tick samples and on one whose tick is
+//! stopped, and on this machine if it has a /dev/kvm. What they know, what the kernel says and what each source of a
+//! reading says makes the table of docs/accuracy.md, and the plot in docs/accuracy.svg.
+
+mod plot;
+mod row;
+mod table;
+
+use std::fs::{self, OpenOptions};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::layout::Layout;
+use crate::process::follow;
+use crate::{bed, build, debian, setup};
+use row::{Place, Row};
+
+/// Two CPUs, five workloads, three runs of some three seconds each, and the boot.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Measures and writes.
+pub fn accuracy(layout: &Layout) -> Result<()> {
+    debian::install_missing()?;
+    let kit = setup::setup(layout)?;
+    let (chronovisor, program) = build::accuracy(layout)?;
+
+    let mut rows = Vec::new();
+    let job = bed::Job {
+        script: "/tests/accuracy".to_owned(),
+        chronovisor: &chronovisor,
+        programs: vec![("tests/accuracy".to_owned(), program.clone())],
+        limit: LIMIT,
+    };
+    println!("in the emulated host:");
+    let mut other = Vec::new();
+    let outcome = bed::run(layout, &kit, &job, |line| {
+        take(line, Place::Emulated, &mut rows, &mut other)
+    })?;
+    ensure!(
+        outcome.status == 0,
+        "the workloads ended with status {} in the emulated host:\n{}",
+        outcome.status,
+        other.join("\n")
+    );
+
+    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => {
+            println!("on this machine:");
+            let mut other = Vec::new();
+            let ended_well = follow(&mut Command::new(&program), |line| {
+                take(line, Place::Here, &mut rows, &mut other);
+            })?;
+            ensure!(ended_well, "{} failed:\n{}", program.display(), other.join("\n"));
+        }
+        Err(error) => println!("not on this machine: cannot open /dev/kvm: {error}"),
+    }
+
+    let docs = layout.root.join("docs");
+    fs::create_dir_all(&docs).with_context(|| format!("cannot make {}", docs.display()))?;
+    for (name, content) in [
+        ("accuracy.md", table::render(&rows, &Machine::this()?)),
+        ("accuracy.svg", plot::render(&rows)),
+    ] {
+        let path = docs.join(name);
+        fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
+        println!("wrote {}", path.display());
+    }
+    Ok(())
+}
+
+/// Takes a line of the measuring program: a row, or something it says.
+fn take(line: &str, place: Place, rows: &mut Vec<Row>, other: &mut Vec<String>) {
+    match serde_json::from_str(line) {
+        Ok(measured) => {
+            let row = Row { place, measured };
+            println!("  {}", row.in_one_line());
+            rows.push(row);
+        }
+        Err(_) => {
+            println!("{line}");
+            other.push(line.to_owned());
+        }
+    }
+}
+
+/// Where and when.
+struct Machine {
+    processor: String,
+    cpus: usize,
+    kernel: String,
+    date: String,
+}
+
+impl Machine {
+    fn this() -> Result<Self> {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").context("cannot read /proc/cpuinfo")?;
+        let models = cpuinfo.lines().filter_map(|line| line.strip_prefix("model name"));
+        let models: Vec<&str> = models.map(|rest| rest.trim_start_matches([' ', '\t', ':'])).collect();
+        let date = Command::new("date").args(["--utc", "+%Y-%m-%d"]).output();
+        let date = date.context("cannot run date")?.stdout;
+        Ok(Self {
+            processor: models.first().copied().unwrap_or("unknown").to_owned(),
+            cpus: models.len(),
+            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            date: String::from_utf8_lossy(&date).trim().to_owned(),
+        })
+    }
+}
