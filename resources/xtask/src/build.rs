@@ -134,7 +134,7 @@ pub fn accuracy(layout: &Layout) -> Result<(PathBuf, PathBuf)> {
 pub fn doc_tests(layout: &Layout) -> Command {
     let mut command = base(layout);
     command
-        .args(["test", "--doc", "--workspace", "--quiet"])
+        .args(["test", "--doc", "--workspace"])
         .args(["--target", TARGET, "--profile", PROFILE]);
     command.env("RUSTDOCFLAGS", flags("RUSTDOCFLAGS"));
     command
