@@ -3,6 +3,10 @@
 //! A tracefs instance of its own (`Documentation/trace/ftrace.rst`, "Instances") records `kvm_entry`, `kvm_exit` and
 //! `sched_switch` of one thread, stamped with the raw TSC (`trace_clock` `x86-tsc`), which compares directly with
 //! `accounting::clock::ticks`. It needs root and `/sys/kernel/tracing`. A record that was lost is an error.
+//!
+//! [`kernel`] records where the kernel's own guest time begins and ends, which is not quite at KVM's tracepoints.
+
+pub mod kernel;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -43,12 +47,28 @@ pub struct Trace {
     tid: i32,
 }
 
+/// KVM's tracepoints, and the scheduler's.
+const EVENTS: [&str; 3] = ["kvm/kvm_entry", "kvm/kvm_exit", "sched/sched_switch"];
+
 impl Trace {
     /// Starts to record thread `tid` (as the initial PID namespace knows it).
     ///
     /// # Errors
     /// The file of tracefs that refused, and why.
     pub fn start(tid: i32) -> Result<Self> {
+        Self::begin(tid, &EVENTS)
+    }
+
+    /// Starts to record the threads that this one is going to start: one that is not there yet can be recorded from its
+    /// first step.
+    ///
+    /// # Errors
+    /// The file of tracefs that refused, and why.
+    pub fn start_for_children() -> Result<Self> {
+        Self::begin(rustix::thread::gettid().as_raw_nonzero().get(), &EVENTS)
+    }
+
+    fn begin(tid: i32, events: &[&str]) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let instance =
@@ -58,8 +78,10 @@ impl Trace {
         trace.set("tracing_on", "0")?;
         trace.set("trace_clock", "x86-tsc")?;
         trace.set("buffer_size_kb", BUFFER_KIB_PER_CPU)?;
+        // A thread that a recorded one starts is recorded too.
+        trace.set("options/event-fork", "1")?;
         trace.set("set_event_pid", &tid.to_string())?;
-        for event in ["kvm/kvm_entry", "kvm/kvm_exit", "sched/sched_switch"] {
+        for event in events {
             trace.set(&format!("events/{event}/enable"), "1")?;
         }
         trace.set("tracing_on", "1")?;
@@ -71,20 +93,36 @@ impl Trace {
     /// # Errors
     /// What could not be read; a line that was not understood; records that were lost.
     pub fn stop(self) -> Result<Vec<Event>> {
+        let tid = self.tid;
+        self.stop_for(tid)
+    }
+
+    /// As [`Trace::stop`], of one of the threads that the recorded one started.
+    ///
+    /// # Errors
+    /// As [`Trace::stop`].
+    pub fn stop_for(self, tid: i32) -> Result<Vec<Event>> {
+        let mut events = Vec::new();
+        self.each_line(|line| {
+            events.extend(parse(line, tid)?);
+            Ok(())
+        })?;
+        Ok(events)
+    }
+
+    /// Ends the recording and hands on its lines.
+    fn each_line(&self, mut take: impl FnMut(&str) -> Result<()>) -> Result<()> {
         self.set("tracing_on", "0")?;
         self.nothing_lost()?;
         let path = self.instance.join("trace");
         let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
-        let mut events = Vec::new();
         for line in BufReader::with_capacity(1 << 20, file).lines() {
             let line = line.with_context(|| format!("cannot read {}", path.display()))?;
-            if line.starts_with('#') || line.is_empty() {
-                continue;
+            if !line.starts_with('#') && !line.is_empty() {
+                take(&line).with_context(|| format!("cannot understand the trace's line {line:?}"))?;
             }
-            events
-                .push(parse(&line, self.tid).with_context(|| format!("cannot understand the trace's line {line:?}"))?);
         }
-        Ok(events)
+        Ok(())
     }
 
     fn set(&self, file: &str, value: &str) -> Result<()> {
@@ -118,23 +156,35 @@ impl Drop for Trace {
     }
 }
 
-/// `vcpu0-84 [001] d..1. 123456789: kvm_entry: vcpu 0, rip 0x10000`
-fn parse(line: &str, tid: i32) -> Result<Event> {
+/// One line, `vcpu0-84 [001] d..1. 123456789: kvm_entry: vcpu 0, rip 0x10000`: who, when, its name and text.
+fn cut(line: &str) -> Result<(i32, u64, &str, &str)> {
     let mut parts = line.splitn(3, ": ");
-    let (Some(before), Some(name), Some(what)) = (parts.next(), parts.next(), parts.next()) else {
+    let (Some(before), Some(name), Some(text)) = (parts.next(), parts.next(), parts.next()) else {
         bail!("it has no stamp, name and text");
     };
     let tsc = before.split_whitespace().last().unwrap_or_default();
     let tsc = tsc.parse().with_context(|| format!("{tsc:?} is no stamp"))?;
-    let is = |field: &str| what.split_whitespace().any(|word| word == format!("{field}={tid}"));
+    // The thread's name may hold anything; what follows it does not.
+    let who = before.rsplit_once('[').and_then(|(who, _)| who.trim().rsplit_once('-'));
+    let tid = who
+        .and_then(|(_, tid)| tid.parse().ok())
+        .context("it names no thread")?;
+    Ok((tid, tsc, name, text))
+}
+
+/// What thread `tid` did by this line, if anything.
+fn parse(line: &str, tid: i32) -> Result<Option<Event>> {
+    let (by, tsc, name, text) = cut(line)?;
+    let is = |field: &str| text.split_whitespace().any(|word| word == format!("{field}={tid}"));
     let what = match name {
-        "kvm_entry" => What::Entry,
-        "kvm_exit" => What::Exit,
+        "kvm_entry" if by == tid => What::Entry,
+        "kvm_exit" if by == tid => What::Exit,
         "sched_switch" if is("prev_pid") => What::SwitchOut,
         "sched_switch" if is("next_pid") => What::SwitchIn,
-        _ => bail!("{name} of another thread"),
+        "kvm_entry" | "kvm_exit" | "sched_switch" => return Ok(None),
+        _ => bail!("{name} was not asked for"),
     };
-    Ok(Event { tsc, what })
+    Ok(Some(Event { tsc, what }))
 }
 
 /// The thread's slices in the guest, `[from, to)` in ticks, by the rule of `accounting::probe::bpf`: an entry opens one
@@ -191,7 +241,8 @@ mod tests {
         ];
         for (line, what) in events {
             let tsc = 5_000_000_001;
-            assert_eq!(parse(line, 84).expect(line), Event { tsc, what });
+            assert_eq!(parse(line, 84).expect(line), Some(Event { tsc, what }));
+            assert_eq!(parse(line, 8).expect(line), None, "another thread's");
         }
         assert!(parse("CPU:1 [LOST 12 EVENTS]", 84).is_err());
     }
