@@ -3,6 +3,7 @@
 //! The trait is the seam at which the REST surface is tested without KVM.
 
 use accounting::disturbance::Disturbance;
+use accounting::reading::Histograms;
 use accounting::{Explained, Reading};
 use vmm::{Action, ActionError, Reply, VmmHandle};
 
@@ -23,6 +24,9 @@ pub trait Backend: Send + Sync + 'static {
 
     /// As [`Backend::read`], and what the reading was made of. `None` too where nothing more can be said of the vCPU.
     fn explain(&self, index: usize) -> Option<Explained>;
+
+    /// How long vCPU `index`'s stays in `KVM_RUN` and the handling of its exits took; `None` where there is no such vCPU.
+    fn histograms(&self, index: usize) -> Option<Histograms>;
 
     /// What disturbs vCPU `index`, looked for now: see [`Account::disturbances`](accounting::Account::disturbances).
     fn disturbances(&self, index: usize) -> Vec<Disturbance>;
@@ -45,6 +49,10 @@ impl Backend for VmmHandle {
         self.accounts().get()?.get(index)?.explain()
     }
 
+    fn histograms(&self, index: usize) -> Option<Histograms> {
+        Some(self.accounts().get()?.get(index)?.histograms())
+    }
+
     fn disturbances(&self, index: usize) -> Vec<Disturbance> {
         let account = self.accounts().get().and_then(|accounts| accounts.get(index));
         account.map_or_else(Vec::new, |account| account.disturbances())
@@ -57,7 +65,7 @@ pub(crate) mod fake {
     use std::sync::Mutex;
 
     use accounting::account::{Explanation, ProbeValues, SourceClaim};
-    use accounting::reading::{Bounds, Exits, HostCpu, Mode, Modes, Pending, Source, VcpuState};
+    use accounting::reading::{Bounds, Exits, Histogram, HostCpu, Mode, Modes, Pending, Source, VcpuState};
     use vmm::config::{MachineConfig, VmConfig};
     use vmm::{Info, RunState};
 
@@ -180,6 +188,15 @@ pub(crate) mod fake {
 
         fn read(&self, index: usize) -> Option<Reading> {
             (index < self.vcpus()).then(|| reading(u32::try_from(index).unwrap()))
+        }
+
+        fn histograms(&self, index: usize) -> Option<Histograms> {
+            let one = |of| Histogram::new(&std::array::from_fn(|i| u64::from(i == of)), 1u64 << of);
+            (index < self.vcpus()).then(|| Histograms {
+                index: u32::try_from(index).unwrap(),
+                run: one(20),
+                vmm: one(5),
+            })
         }
 
         fn disturbances(&self, index: usize) -> Vec<Disturbance> {

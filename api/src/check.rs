@@ -94,6 +94,7 @@ fn judge(host: &Host, disturbances: &[Disturbance]) -> Vec<Finding> {
     findings.extend(isolated(host));
     findings.push(tick(host));
     findings.extend(disturbances.iter().map(disturbance));
+    findings.push(bpf(host));
     findings.extend(huge_pages(host));
     findings
 }
@@ -228,6 +229,15 @@ fn disturbance(disturbance: &Disturbance) -> Finding {
     warning(what, disturbance.says(), disturbance.advice())
 }
 
+/// Not a shortcoming where it is absent: it has to be asked for.
+fn bpf(host: &Host) -> Finding {
+    let says = match &host.kvm.no_bpf {
+        None => "guest time can be had to a microsecond, for some 0.2 us an exit (--gtime-source bpf)".to_owned(),
+        Some(why) => format!("not here: {why}; --gtime-source bpf and auto take the next source"),
+    };
+    ok("bpf", says)
+}
+
 fn huge_pages(host: &Host) -> Option<Finding> {
     let mode = host.transparent_hugepage.as_deref()?;
     Some(if mode == "never" {
@@ -266,6 +276,7 @@ mod tests {
                 error: None,
                 modules: vec!["kvm_amd".to_owned()],
                 runs_stock_kernels: true,
+                no_bpf: None,
             },
             transparent_hugepage: Some("madvise".to_owned()),
         }
@@ -280,6 +291,18 @@ mod tests {
             text(&findings)
         );
         assert!(text(&findings).contains("HZ=250"));
+    }
+
+    #[test]
+    fn why_bpf_cannot_be_had_is_said_and_held_against_nobody() {
+        let mut host = good();
+        host.kvm.no_bpf = Some("the tracepoints are silent".to_owned());
+        let finding = bpf(&host);
+        assert!(
+            finding.says.contains("not here: the tracepoints are silent"),
+            "{finding:?}"
+        );
+        assert_eq!(finding.verdict, Verdict::Ok);
     }
 
     #[test]

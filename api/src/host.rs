@@ -28,6 +28,8 @@ pub struct Kvm {
     pub modules: Vec<String>,
     /// Whether the kernel of a distribution runs on it.
     pub runs_stock_kernels: bool,
+    /// Why guest time cannot be had from BPF programs at its tracepoints, if so.
+    pub no_bpf: Option<String>,
 }
 
 impl From<KvmStatus> for Kvm {
@@ -36,6 +38,7 @@ impl From<KvmStatus> for Kvm {
             error: status.error.map(|error| error.to_string()),
             modules: status.modules,
             runs_stock_kernels: status.runs_stock_kernels,
+            no_bpf: status.no_bpf,
         }
     }
 }

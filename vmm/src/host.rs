@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
-use accounting::Gtime;
 use accounting::host::HostCpus;
+use accounting::reading::Source;
+use accounting::{Gtime, GtimeSource};
 use kvm_ioctls::Kvm;
 use vcpu::setup::{self, Topology};
 use vcpu::{ExitHandler, Vcpu, VcpuConfig, VcpuEnd};
@@ -30,6 +31,8 @@ pub struct KvmStatus {
     pub modules: Vec<String>,
     /// Whether the kernel of a distribution runs on it. Found out by running what such a kernel executes.
     pub runs_stock_kernels: bool,
+    /// Why guest time cannot be had from BPF programs at KVM's tracepoints, if so. Found out by trying.
+    pub no_bpf: Option<String>,
 }
 
 /// Looks at this host's KVM. Takes some milliseconds, half a second at most.
@@ -37,12 +40,25 @@ pub struct KvmStatus {
 pub fn kvm() -> KvmStatus {
     let modules = backend_modules();
     match kvm::open() {
-        Ok(kvm) => KvmStatus {
-            error: None,
-            modules,
-            runs_stock_kernels: runs_stock_kernels(&kvm),
-        },
+        Ok(kvm) => {
+            let gtime = Gtime::prepare(GtimeSource::From(Source::Bpf));
+            let (runs_stock_kernels, heard) = match run_probe(&kvm, gtime.clone()) {
+                Ok(Probed { ran, source }) => (ran, source == Source::Bpf),
+                Err(error) => {
+                    tracing::debug!("the probe guest could not be made: {error}");
+                    (false, false)
+                }
+            };
+            let silent = || (!heard).then(|| "KVM's tracepoints stay silent on this host".to_owned());
+            KvmStatus {
+                error: None,
+                modules,
+                runs_stock_kernels,
+                no_bpf: gtime.refused().map(str::to_owned).or_else(silent),
+            }
+        }
         Err(error) => KvmStatus {
+            no_bpf: Some(format!("there is no KVM to watch: {error}")),
             error: Some(error),
             modules,
             runs_stock_kernels: false,
@@ -95,8 +111,8 @@ const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Whether a guest comes through what such kernels execute.
 pub(crate) fn runs_stock_kernels(kvm: &Kvm) -> bool {
-    match run_probe(kvm) {
-        Ok(ran) => ran,
+    match run_probe(kvm, Gtime::default()) {
+        Ok(Probed { ran, .. }) => ran,
         Err(error) => {
             tracing::debug!("the probe guest could not be made: {error}");
             false
@@ -104,8 +120,16 @@ pub(crate) fn runs_stock_kernels(kvm: &Kvm) -> bool {
     }
 }
 
-/// Runs what stock kernels execute, at their privilege. Whether all of it ran.
-fn run_probe(kvm: &Kvm) -> Result<bool, StartError> {
+/// What became of the probe guest.
+struct Probed {
+    /// Whether all of it ran.
+    ran: bool,
+    /// What its guest time was derived from.
+    source: Source,
+}
+
+/// Runs what stock kernels execute, at their privilege, its guest time derived as `gtime` says.
+fn run_probe(kvm: &Kvm, gtime: Gtime) -> Result<Probed, StartError> {
     let host = |what| move |source| StartError::Host { what, source };
     let supported = setup::cpuid::supported(kvm).map_err(refused("say which CPUID it supports"))?;
     let has = |function, index, of: fn(&kvm_bindings::kvm_cpuid_entry2) -> u32, bit: u32| {
@@ -154,16 +178,17 @@ fn run_probe(kvm: &Kvm) -> Result<bool, StartError> {
             index: 0,
             pin: None,
             host: cpus,
-            gtime: Gtime::default(),
+            gtime,
         },
         fd,
         Arc::new(Probe(tell)),
     )?;
     vcpu.resume();
     let ran = told.recv_timeout(PATIENCE).unwrap_or(false);
+    let source = vcpu.account().read().source;
     // Kicked out of KVM_RUN, wherever it is, before its memory goes.
     drop(vcpu);
-    Ok(ran)
+    Ok(Probed { ran, source })
 }
 
 const IRETQ: [u8; 2] = [0x48, 0xcf];

@@ -91,6 +91,7 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
         .route("/boot-source", put(machine::put_boot_source))
         .route("/vcpus", get(vcpus::list))
         .route("/vcpus/{index}/cputime", get(vcpus::cputime))
+        .route("/vcpus/{index}/histograms", get(vcpus::histograms))
         .route("/host", get(host::get))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)

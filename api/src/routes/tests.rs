@@ -355,6 +355,8 @@ async fn a_bad_request_is_answered_400_with_a_fault_message_that_says_why() {
         ),
         (Running, "GET", "/vcpus/-1/cputime", "", "There is no vCPU"),
         (Running, "GET", "/vcpus/2/cputime?explain=1", "", "numbered 0 to 1"),
+        (Running, "GET", "/vcpus/2/histograms", "", "numbered 0 to 1"),
+        (NotStarted, "GET", "/vcpus/0/histograms", "", "before it is started"),
         (
             Running,
             "GET",
@@ -524,6 +526,18 @@ async fn a_body_may_have_51200_bytes_and_not_one_more() {
 }
 
 #[tokio::test]
+async fn histograms_have_their_edges_in_nanoseconds() {
+    let (status, value) = request(Running, "GET", "/vcpus/1/histograms", "").await;
+    assert_eq!((status, &value["index"]), (200, &json!(1)));
+    assert_eq!(value["vmm"]["buckets"][5], json!({"le_ns": 2048, "count": 1}));
+    assert_eq!(
+        (&value["run"]["count"], &value["run"]["sum_ns"]),
+        (&json!(1), &json!(1 << 20))
+    );
+    assert_eq!(value["run"]["buckets"][31]["le_ns"], Value::Null);
+}
+
+#[tokio::test]
 async fn a_reading_is_explained_only_when_asked() {
     for (query, explained) in [
         ("", false),
@@ -553,6 +567,9 @@ async fn a_microvm_that_has_ended_says_so() {
             None
         }
         fn explain(&self, _: usize) -> Option<accounting::Explained> {
+            None
+        }
+        fn histograms(&self, _: usize) -> Option<accounting::reading::Histograms> {
             None
         }
         fn disturbances(&self, _: usize) -> Vec<accounting::disturbance::Disturbance> {

@@ -37,23 +37,34 @@ pub(super) async fn cputime(
     index: Result<Path<String>, PathRejection>,
     asked: Result<Query<Asked>, QueryRejection>,
 ) -> Result<Response, Fault> {
-    let Path(index) = index.map_err(|error| Fault(format!("Invalid vCPU index: {error}.")))?;
     let Query(Asked { explain }) = asked.map_err(|error| Fault(format!("{}.", error.body_text())))?;
+    let number = number(&shared, index)?;
+    Ok(match explain {
+        Explain::Yes => {
+            let explained = shared.backend.explain(number);
+            let again = || Fault(format!("vCPU {number} cannot be explained at this instant: ask again."));
+            json(&explained.ok_or_else(again)?)
+        }
+        Explain::No => json(&shared.backend.read(number)),
+    })
+}
+
+/// How long its stays in `KVM_RUN` and the handling of its exits took.
+pub(super) async fn histograms(
+    State(shared): State<Shared>,
+    index: Result<Path<String>, PathRejection>,
+) -> Result<Response, Fault> {
+    let number = number(&shared, index)?;
+    Ok(json(&shared.backend.histograms(number)))
+}
+
+/// The vCPU that the path names: one that is there.
+fn number(shared: &Shared, index: Result<Path<String>, PathRejection>) -> Result<usize, Fault> {
+    let Path(index) = index.map_err(|error| Fault(format!("Invalid vCPU index: {error}.")))?;
     let count = shared.backend.vcpus();
-    if count == 0 {
-        return Err(Fault(
-            "The microVM has no vCPUs before it is started: send InstanceStart first.".to_owned(),
-        ));
-    }
-    let number: Option<usize> = index.parse().ok().filter(|&number| number < count);
-    if let (Some(number), Explain::Yes) = (number, explain) {
-        let explained = shared.backend.explain(number);
-        return explained
-            .map(|explained| json(&explained))
-            .ok_or_else(|| Fault(format!("vCPU {number} cannot be explained at this instant: ask again.")));
-    }
-    let reading = number.and_then(|number| shared.backend.read(number));
-    reading.map(|reading| json(&reading)).ok_or_else(|| match count {
+    let number = index.parse().ok().filter(|&number| number < count);
+    number.ok_or_else(|| match count {
+        0 => Fault("The microVM has no vCPUs before it is started: send InstanceStart first.".to_owned()),
         1 => Fault(format!("There is no vCPU {index:?}: this microVM has one, number 0.")),
         _ => Fault(format!(
             "There is no vCPU {index:?}: this microVM has {count}, numbered 0 to {}.",
