@@ -6,10 +6,12 @@
 
 pub mod bed;
 pub mod client;
+pub mod clock;
 pub mod failure;
 pub mod flat;
 pub mod interrupts;
 pub mod kernel;
+pub mod row;
 pub mod terminal;
 pub mod trace;
 pub mod vm;

@@ -95,6 +95,16 @@ impl Process {
         })
     }
 
+    /// Waits until its standard error contains `text`.
+    ///
+    /// # Panics
+    /// As [`Process::wait_for`].
+    pub fn wait_for_error(&mut self, text: &str) {
+        if let Err(so_far) = self.stderr.wait_for(text) {
+            panic!("{text:?} never came ({:?}); stderr:\n{so_far}", self.child.try_wait());
+        }
+    }
+
     /// Its standard output so far.
     #[must_use]
     pub fn stdout(&self) -> String {

@@ -16,7 +16,7 @@
 //!
 //! This crate knows nothing of HTTP, command lines or terminals: those are `api`'s. It keeps no time: that is `accounting`'s.
 
-mod acpi;
+pub mod acpi;
 pub mod action;
 pub mod boot;
 pub mod config;
@@ -26,7 +26,7 @@ mod end;
 mod event_loop;
 pub mod host;
 pub mod kvm;
-mod layout;
+pub mod layout;
 mod lifecycle;
 pub mod machine;
 pub mod memory;

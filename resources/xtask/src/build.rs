@@ -105,12 +105,28 @@ pub fn models(layout: &Layout) -> Result<TestProgram> {
     Ok(program)
 }
 
-/// What measures, optimised as what is shipped is.
-pub fn bench(layout: &Layout) -> Result<PathBuf> {
-    program(
-        &cargo_build(layout, "release", &["--package=tests", "--bin=bench"])?,
-        "bench",
-    )
+/// What measures, and what is measured, optimised as what is shipped is.
+#[derive(Debug)]
+pub struct Benches {
+    /// The `chronovisor` program, which is linked into the bed.
+    pub chronovisor: PathBuf,
+    /// tests/src/bin/bench.rs
+    pub bench: PathBuf,
+    /// tests/src/bin/bench_vm.rs
+    pub bench_vm: PathBuf,
+    /// tests/src/bin/floor.rs, beside it
+    pub floor: PathBuf,
+}
+
+/// Builds [`Benches`].
+pub fn benches(layout: &Layout) -> Result<Benches> {
+    let messages = cargo_build(layout, "release", &["--package=api", "--package=tests", "--bins"])?;
+    Ok(Benches {
+        chronovisor: into_bed(layout, program(&messages, "chronovisor")?)?,
+        bench: program(&messages, "bench")?,
+        bench_vm: program(&messages, "bench_vm")?,
+        floor: program(&messages, "floor")?,
+    })
 }
 
 /// What is executed to count the instructions of the stamps.

@@ -79,7 +79,7 @@ struct Finding {
 }
 
 /// Why this machine's /dev/kvm cannot run the guest, if so, as the program itself judges it.
-fn obstacle(chronovisor: &Path) -> Result<Option<String>> {
+pub fn obstacle(chronovisor: &Path) -> Result<Option<String>> {
     let output = Command::new(chronovisor)
         .args(["check", "--json"])
         .stdin(Stdio::null())

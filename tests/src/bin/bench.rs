@@ -13,7 +13,7 @@ use accounting::host::HostCpus;
 use accounting::probe::{Depth, Probes, parse_stat};
 use accounting::vtime::{ExitReason, vtime};
 use accounting::{Account, Gtime, Open};
-use serde_json::json;
+use tests::row;
 
 /// Rounds of one row. Each times both sides, one after the other; the ratio is of their medians, which a few rounds
 /// that something interrupted do not move.
@@ -107,11 +107,8 @@ fn row(key: &str, times: u32, limit: f64, mut ours: impl FnMut(), mut bare: impl
         ours_ns.push(timed(times, &mut ours));
         bare_ns.push(timed(times, &mut bare));
     }
-    let [ours, against] = rounds.map(median);
-    println!(
-        "{}",
-        json!({ "key": key, "ours": ours, "against": against, "unit": "ns", "ratio": ours / against, "limit": limit })
-    );
+    let [ours, against] = rounds.map(row::median);
+    row::print(key, ours, against, "ns", limit);
 }
 
 fn timed(times: u32, work: &mut impl FnMut()) -> f64 {
@@ -120,9 +117,4 @@ fn timed(times: u32, work: &mut impl FnMut()) -> f64 {
         work();
     }
     begun.elapsed().as_secs_f64() * 1e9 / f64::from(times)
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

@@ -1,0 +1,244 @@
+//! `start`, `boot` and `memory`.
+//!
+//! The first two are from right before the fork to the first `KVM_RUN`, and to the first line of the guest's init, against
+//! `floor`, the shortest loop there is (see `floor.rs`): the same kernel, initrd, command line, memory and host CPU for
+//! the vCPU, by turns; medians. A start is over before anything averages out, so there are more of them: they are guests
+//! that are ended as soon as they run.
+//!
+//! `memory` is what is resident of the monitor after a boot and some requests, less the guest's memory; `against` is the
+//! budget itself, 5 MiB, so that `ratio` is the part of it that is used.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use accounting::Reading;
+use accounting::host::HostCpus;
+use anyhow::{Context, Result, ensure};
+use tests::bed::Folder;
+use tests::client;
+use tests::clock::raw_ns;
+use tests::row;
+use tests::vm::{PATIENCE, Process, debian_arguments};
+
+use crate::connection::Connection;
+
+const STARTS: usize = 15;
+const BOOTS: usize = 9;
+/// The first line of `resources/guest-init`.
+const INIT: &str = "chronovisor guest: init";
+/// After its init's first line the guest has nothing to do while it is read.
+const GUEST_DOES: &str = "sleep:600000";
+/// Between the end of one guest and the start of the next: the kernel takes a VM down when its process is gone already.
+const SETTLE: Duration = Duration::from_millis(300);
+/// Between two questions whether it runs: few enough not to delay what they ask for.
+const POLL: Duration = Duration::from_millis(50);
+const MEM_MIB: u64 = 256;
+const MEMORY_BUDGET_MIB: f64 = 5.0;
+
+/// Prints the rows.
+pub fn measure() -> Result<()> {
+    let cpu = vcpu_cpu()?;
+    // The first of each brings its files into the page cache, and its code into an emulator's.
+    Ours::launch(cpu).start_ms()?;
+    Floor::launch(cpu)?.start_ms()?;
+
+    let [ours, against] = by_turns(STARTS, |side| match side {
+        Side::Ours => Ours::launch(cpu).start_ms(),
+        Side::Floor => Floor::launch(cpu)?.start_ms(),
+    })?;
+    row::print("start", ours, against, "ms", 1.3);
+
+    let mut memory = Vec::new();
+    let [ours, against] = by_turns(BOOTS, |side| match side {
+        Side::Ours => {
+            let mut ours = Ours::launch(cpu);
+            let boot_ms = ours.guest.boot_ms();
+            memory.push(ours.memory_mib()?);
+            Ok(boot_ms)
+        }
+        Side::Floor => Ok(Floor::launch(cpu)?.guest.boot_ms()),
+    })?;
+    row::print("boot", ours, against, "ms", 1.05);
+    row::print("memory", row::median(memory), MEMORY_BUDGET_MIB, "MiB", 1.0);
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+enum Side {
+    Ours,
+    Floor,
+}
+
+/// The medians of both sides over `rounds`. They take turns at being first (ABBA), so that what a slow machine grows
+/// slower by, or a busy one less busy, is shared.
+fn by_turns(rounds: usize, mut measure: impl FnMut(Side) -> Result<f64>) -> Result<[f64; 2]> {
+    let (mut ours, mut floor) = (Vec::new(), Vec::new());
+    for round in 0..rounds {
+        let order = [Side::Ours, Side::Floor];
+        for side in [order[round % 2], order[1 - round % 2]] {
+            let figures = match side {
+                Side::Ours => &mut ours,
+                Side::Floor => &mut floor,
+            };
+            figures.push(measure(side)?);
+        }
+    }
+    Ok([row::median(ours), row::median(floor)])
+}
+
+/// The host CPU for the vCPU: one that nothing else runs on, if there is any.
+fn vcpu_cpu() -> Result<u32> {
+    let host = HostCpus::read()?;
+    let tickless = host.nohz_full.as_ref().and_then(|cpus| cpus.iter().next());
+    let cpu = tickless.or_else(|| host.affinity.iter().last());
+    cpu.copied().context("no CPU")
+}
+
+/// A guest, ended when dropped, and when it was launched.
+struct Guest {
+    process: Process,
+    begun: u64,
+}
+
+impl Guest {
+    fn launch(command: Command) -> Self {
+        std::thread::sleep(SETTLE);
+        let begun = raw_ns();
+        Self {
+            process: Process::spawn(command),
+            begun,
+        }
+    }
+
+    /// From the launch until now, or until it was `at`.
+    fn ms_until(&self, at: u64) -> f64 {
+        Duration::from_nanos(at.saturating_sub(self.begun)).as_secs_f64() * 1e3
+    }
+
+    fn boot_ms(&mut self) -> f64 {
+        self.process.wait_for(INIT);
+        self.ms_until(raw_ns())
+    }
+}
+
+struct Ours {
+    guest: Guest,
+    socket: PathBuf,
+    _folder: Folder,
+}
+
+impl Ours {
+    fn launch(cpu: u32) -> Self {
+        let folder = Folder::new();
+        let socket = folder.join("api.sock");
+        let mut command = Command::new(tests::bed::file("chronovisor"));
+        command.arg("run").arg("--api-sock").arg(&socket);
+        command
+            .args(debian_arguments(GUEST_DOES))
+            .args(["--pin", &cpu.to_string()]);
+        Self {
+            guest: Guest::launch(command),
+            socket,
+            _folder: folder,
+        }
+    }
+
+    fn start_ms(self) -> Result<f64> {
+        let begun = raw_ns();
+        loop {
+            std::thread::sleep(POLL);
+            if let Some(at) = first_run(&self.socket)? {
+                return Ok(self.guest.ms_until(at));
+            }
+            let waited = Duration::from_nanos(raw_ns() - begun);
+            ensure!(
+                waited < PATIENCE,
+                "the guest never ran: {}",
+                self.guest.process.stderr()
+            );
+        }
+    }
+
+    /// After some use of the API.
+    fn memory_mib(&self) -> Result<f64> {
+        let mut connection = Connection::open(&self.socket)?;
+        for path in [
+            "/",
+            "/version",
+            "/vm/config",
+            "/machine-config",
+            "/host",
+            "/vcpus",
+            "/vcpus/0/cputime",
+        ] {
+            connection.get(path)?;
+        }
+        memory_mib(self.guest.process.id())
+    }
+}
+
+/// When `KVM_RUN` was first entered, `CLOCK_MONOTONIC_RAW`; `None` while it has not been, or the API does not answer yet.
+fn first_run(socket: &Path) -> Result<Option<u64>> {
+    let Ok(answer) = client::request(socket, "GET", "/vcpus/0/cputime", None) else {
+        return Ok(None);
+    };
+    if answer.status != 200 {
+        return Ok(None);
+    }
+    let reading: Reading = serde_json::from_value(answer.body)?;
+    // Held until it was first set running, and never since: what is not paused time began right before the first KVM_RUN.
+    let ran = reading.elapsed_ns - reading.modes.paused_ns;
+    Ok((reading.exits.total > 0).then(|| reading.at_ns - ran))
+}
+
+struct Floor {
+    guest: Guest,
+}
+
+impl Floor {
+    fn launch(cpu: u32) -> Result<Self> {
+        let arguments = debian_arguments(GUEST_DOES);
+        let mut command = Command::new(std::env::current_exe()?.with_file_name("floor"));
+        command.args([&arguments[1], &arguments[3], &arguments[5]]);
+        command.args([MEM_MIB.to_string(), cpu.to_string()]);
+        Ok(Self {
+            guest: Guest::launch(command),
+        })
+    }
+
+    /// It tells the time itself.
+    fn start_ms(mut self) -> Result<f64> {
+        let process = &mut self.guest.process;
+        process.wait_for_error("\n");
+        let said = process.stderr();
+        let at = said.trim().parse();
+        Ok(self
+            .guest
+            .ms_until(at.with_context(|| format!("the floor said {said:?}"))?))
+    }
+}
+
+/// What is resident of process `pid`, less its guest's memory: the mapping that is as large as that.
+fn memory_mib(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/smaps");
+    let smaps = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    let kib =
+        |line: &str, field: &str| -> Option<u64> { line.strip_prefix(field)?.trim().strip_suffix(" kB")?.parse().ok() };
+    let (mut guests, mut is_guest, mut resident) = (0, false, 0);
+    for line in smaps.lines() {
+        if let Some(size) = kib(line, "Size:") {
+            is_guest = size == MEM_MIB << 10;
+            guests += u32::from(is_guest);
+        }
+        if let (Some(size), false) = (kib(line, "Rss:"), is_guest) {
+            resident += size;
+        }
+    }
+    ensure!(
+        guests == 1,
+        "{guests} mappings of {MEM_MIB} MiB in {path}: guest memory is one"
+    );
+    Ok(resident as f64 / 1024.0)
+}
