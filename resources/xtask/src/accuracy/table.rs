@@ -20,6 +20,9 @@ disturbed least, by their own figures and by how long they waited for their CPU.
 Guest time, to the kernel and to every reading, begins where KVM has decided to enter the guest, so a part of it is guest
 time, which the trace sees and the guest does not. It is a microsecond an exit on a processor that virtualises, and 20 to 100 in an emulator or on a software backend.
 
+**Trace.** Up to Linux 6.1, KVM on AMD tells kvm_exit when it begins to handle the exit, after the kernel has ended guest time: where
+there are many exits the trace, and *bpf* with it, say more than the kernel's vtime does.
+
 **Truth inside.** Whether an interval can hold the truth: it does not end below what the guest burned, nor begin above that plus what it
 lost, entries and exits.
 
