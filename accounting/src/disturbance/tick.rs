@@ -51,7 +51,6 @@ pub struct TickWatch {
     tick_ns: u64,
     last: Option<Sample>,
     stopped: Option<bool>,
-    unjudged_ns: u64,
 }
 
 impl TickWatch {
@@ -62,28 +61,25 @@ impl TickWatch {
             tick_ns: tick_ns.max(1),
             last: None,
             stopped: None,
-            unjudged_ns: 0,
         }
     }
 
     /// Judges the time since the last sample. Where the judgement is [`Judgement::Doubtful`], `settle` is asked whether the
     /// tick runs: it may not know either.
     pub fn observe(&mut self, now: Sample, settle: impl FnOnce() -> Option<bool>) -> Judgement {
-        let Some(last) = self.last.replace(now) else {
+        let Some(last) = self.last else {
+            self.last = Some(now);
             return Judgement::Unknown;
         };
-        let busy_ns = now.busy_ns.saturating_sub(last.busy_ns);
         let judgement = self.judge(&last, &now);
         match judgement {
-            Judgement::Stopped => (self.stopped, self.unjudged_ns) = (Some(true), 0),
-            Judgement::Doubtful => (self.stopped, self.unjudged_ns) = (settle().map(|runs| !runs), 0),
-            Judgement::Unknown => {
-                self.unjudged_ns = self.unjudged_ns.saturating_add(busy_ns);
-                if self.unjudged_ns > STANDS_NS {
-                    self.stopped = None;
-                }
-            }
+            Judgement::Stopped => self.stopped = Some(true),
+            Judgement::Doubtful => self.stopped = settle().map(|runs| !runs),
+            Judgement::Unknown if now.busy_ns.saturating_sub(last.busy_ns) > STANDS_NS => self.stopped = None,
+            // Too little to tell by: the next sample is held against the same one, and may have enough.
+            Judgement::Unknown => return judgement,
         }
+        self.last = Some(now);
         judgement
     }
 
@@ -141,6 +137,23 @@ mod tests {
             switches: start.switches + switches,
         };
         watch.observe(end, || None)
+    }
+
+    #[test]
+    fn samples_too_close_to_tell_by_add_up_until_they_tell() {
+        // Half of the CPU, in turns of 8 ms, the tick running, looked at each 200 ms.
+        let mut watch = TickWatch::new(TICK);
+        let mut now = Sample::default();
+        let judgements = [(); 6].map(|()| {
+            let judgement = watch.observe(now, || Some(true));
+            now.busy_ns += 100_000_000;
+            now.switches += 12;
+            now.loc += 50;
+            now.loc_elsewhere += 50;
+            judgement
+        });
+        assert!(judgements.contains(&Judgement::Doubtful), "{judgements:?}");
+        assert_eq!(watch.stopped(), Some(false));
     }
 
     #[test]
