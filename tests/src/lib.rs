@@ -11,6 +11,7 @@ pub mod failure;
 pub mod flat;
 pub mod interrupts;
 pub mod kernel;
+pub mod over;
 pub mod row;
 pub mod terminal;
 pub mod trace;

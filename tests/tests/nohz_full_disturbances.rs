@@ -15,6 +15,7 @@ use rustix::thread::sched_setaffinity;
 use serde_json::Value;
 use tests::flat::{Guest, Program};
 use tests::interrupts;
+use tests::over::SetWhenDropped;
 use tests::require_bed;
 use tests::vm::{PATIENCE, Process, Vm, after};
 
@@ -77,14 +78,6 @@ fn a_stopped_tick_is_known_from_one_that_runs() {
     assert_eq!(ticking.look().tick_stopped, Some(false));
 }
 
-struct SetWhenDropped<'a>(&'a AtomicBool);
-
-impl Drop for SetWhenDropped<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 #[test]
 fn a_second_task_on_the_cpu_is_noticed_while_it_is_there() {
     require_bed!(nohz_full);
@@ -98,7 +91,6 @@ fn a_second_task_on_the_cpu_is_noticed_while_it_is_there() {
                 std::hint::spin_loop();
             }
         });
-        // Set on the way out of a failure too: the other task would never end, and the test with it.
         let _done = SetWhenDropped(&done);
         watched.look_until("the other task, and the tick", |f| {
             kinds(&f.disturbances).contains(&"second_task") && f.tick_stopped == Some(false)

@@ -12,6 +12,7 @@ use accounting::reading::{Bounds, Reading, Source, VcpuState};
 use accounting::{Account, Gtime, GtimeSource, laws};
 use libc::SIGUSR1;
 use tests::flat::{Guest, Machine, Program};
+use tests::over::SetWhenDropped;
 use tests::vm::PATIENCE;
 use tests::{interrupts, require_bed};
 use vcpu::{ExitHandler, Vcpu, VcpuConfig, VcpuEnd};
@@ -114,8 +115,10 @@ fn no_law_is_broken(source: Source, readings: u32) -> Widths {
         let kernel = scope.spawn(|| StepsBack::count(tid, &over));
         let account = guest.vcpu.account();
         let readers = [(); 2].map(|()| scope.spawn(|| Seen::read(account, readings / 2, source)));
-        let seen = readers.map(|reader| reader.join().expect("a reader"));
-        over.store(true, Ordering::Relaxed);
+        let seen = {
+            let _over = SetWhenDropped(&over);
+            readers.map(|reader| reader.join().expect("a reader"))
+        };
         (seen, kernel.join().expect("the kernel's reader"))
     });
     let last = guest.read();
