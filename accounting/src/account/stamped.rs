@@ -40,6 +40,15 @@ impl Bracket {
         }
     }
 
+    /// Now, where there are no stamps to be held against the other clock.
+    pub(super) fn without() -> Self {
+        Self {
+            now: Instant::now(),
+            before_ns: 0,
+            after_ns: 0,
+        }
+    }
+
     /// Now, and the stamps read inside of the bracket: the closest of a few tries, since bounds are as far apart.
     pub(super) fn around(tracked: &Tracked) -> (Self, Option<GuestTime>) {
         /// Some ten times what it takes.
