@@ -113,7 +113,8 @@ fn nearest<const N: usize>(asked: [i128; N], mut takes_part: [bool; N], sum: u64
         }
         // Each gives excess / n; the remainder, one each, is given by the first few. None goes below 0: with a
         // remainder, asked >= excess / n > quotient.
-        let (quotient, mut remainder) = (excess.div_euclid(n), excess.rem_euclid(n));
+        let quotient = excess.div_euclid(n);
+        let mut remainder = excess - quotient * n;
         let mut granted = [0; N];
         for ((granted, &asked), takes_part) in granted.iter_mut().zip(&asked).zip(takes_part) {
             if takes_part {

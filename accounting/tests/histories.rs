@@ -188,7 +188,8 @@ fn take(life: &Life, host: &Host, look: &Look) -> Taken {
     let utime = (host.source == Source::Vtime).then_some(Utime { virt_ns, prof_ns });
     let (doing, since) = life.at(now);
     let counted = |i: usize, figure| if host.counts[i] { figure } else { 0 };
-    let on_cpu_since = |t| life.until(now, &ON_CPU) - life.until(t, &ON_CPU);
+    // As an account has it: the thread may have been on a CPU ever since SCHED was read.
+    let on_cpu_since = |t| life.until(sched_at, &ON_CPU) + (now - sched_at) - life.until(t, &ON_CPU);
     let stamped = life.until(sched_at, &[Guest]);
     let inputs = Inputs {
         elapsed_ns: now,
@@ -204,6 +205,7 @@ fn take(life: &Life, host: &Host, look: &Look) -> Taken {
         utime,
         stat_guest_ns,
         stat_unit_ns: STAT,
+        stat_baseline_ns: 0,
         stat_age_ns: on_cpu_since(stat_at),
         run_delay_ns: counted(0, life.ended_until(schedstat_at, &[WaitingInRun, WaitingInVmm])),
         halt_wait_ns: counted(1, life.halt_wait_until(kvm_at)),

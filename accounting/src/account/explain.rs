@@ -109,7 +109,7 @@ impl Account {
             (Source::Vtime, Some(cpu), _) if vtime_void => format!("the vCPU thread has been moved off CPU {cpu}"),
             (Source::Vtime, Some(cpu), _) => format!("the host was not booted with nohz_full= naming CPU {cpu}"),
             (Source::Bpf, _, Err(why)) => why.to_string(),
-            (Source::Bpf, ..) => "KVM's tracepoints stay silent on this host".to_owned(),
+            (Source::Bpf, ..) => "KVM's tracepoints have been silent so far".to_owned(),
             (Source::Oncpu, ..) => unreachable!("there is always time on a CPU"),
         }
     }

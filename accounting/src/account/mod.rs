@@ -16,10 +16,10 @@ use rustix::param::clock_ticks_per_second;
 pub use explain::{Explained, Explanation, ProbeValues, SourceClaim};
 use gtime::{Bpf, Claims};
 pub use gtime::{Gtime, GtimeSource, UnknownSource};
-use stamped::{Bracket, Lead, stamped};
+use stamped::{Bracket, Steering, stamped};
 
 use crate::clock::{self, Instant, Scale};
-use crate::disturbance::{Disturbance, Watch};
+use crate::disturbance::{Disturbance, Placement, Watch};
 use crate::host::{HostCpus, tick_ns};
 use crate::ledger::{self, Ledger};
 use crate::probe::bpf::{GuestTime, Tracked};
@@ -68,8 +68,6 @@ pub struct Account {
     gtime_source: GtimeSource,
     /// The thread's guest time by BPF's stamps, or why it has none.
     stamps: Result<Tracked, Arc<str>>,
-    /// Between BPF's clock and the readings', at the first stamp.
-    opened_lead: Lead,
     /// Whether the thread is pinned to a CPU where the kernel accounts by stamps too.
     vtime_cpu: bool,
     /// The first stamp.
@@ -78,20 +76,21 @@ pub struct Account {
     baseline: Raw,
     tick_ns: u64,
     stat_unit_ns: u64,
-    /// For the last look at it.
-    kvm_stats: Option<File>,
+    /// The thread's own, for its last look: taken by [`Account::close`], and by nobody else.
+    last_probes: Mutex<Option<Probes>>,
+    /// Where the thread was when it was pinned.
+    placed: Option<Placement>,
     /// The last instant, and what the probes said then, when the thread has ended.
     closed: OnceLock<Closed>,
     books: Mutex<Books>,
 }
 
-/// How long a vCPU may be in its first `KVM_RUN` before tracepoints that were not heard are taken for silent.
-const SILENT_NS: u64 = 10_000_000;
-
 /// What is known when the thread has ended.
 #[derive(Debug)]
 struct Closed {
     raw: Raw,
+    /// Whether the thread may have run on another CPU than its own.
+    moved: bool,
     /// Around the last instant.
     bracket: Bracket,
     stamps: Option<GuestTime>,
@@ -103,6 +102,8 @@ struct Books {
     probes: Probes,
     /// What disturbs the thread; looked for at most once a second.
     watch: Watch,
+    /// Of BPF's clock against the readings'.
+    steering: Steering,
     split: Split,
     ledger: Ledger,
     /// Paused time, in nanoseconds.
@@ -127,6 +128,7 @@ impl Account {
         let kvm_stats = open.kvm_stats.as_ref().map(File::try_clone).transpose();
         let kvm_stats = kvm_stats.map_err(|error| probe(("KVM statistics", error)))?;
         let mut probes = Probes::open(tid, open.kvm_stats).map_err(probe)?;
+        let last_probes = Probes::open(tid, kvm_stats).map_err(probe)?;
         let vtime_cpu = open.pinned.is_some_and(|cpu| open.host.is_nohz_full(cpu));
         let baseline = probes.read(Depth::Full).map_err(probe)?;
         let stamps = match &open.gtime.bpf {
@@ -145,17 +147,18 @@ impl Account {
             host: open.host,
             gtime_source: open.gtime.source,
             stamps,
-            opened_lead: bracket.lead(),
             vtime_cpu,
             opened,
             baseline,
             tick_ns: tick_ns(),
             stat_unit_ns: 1_000_000_000 / clock_ticks_per_second().max(1),
-            kvm_stats,
+            last_probes: Mutex::new(Some(last_probes)),
+            placed: Placement::of(tid),
             closed: OnceLock::new(),
             books: Mutex::new(Books {
                 probes,
                 watch,
+                steering: Steering::since(bracket.lead()),
                 split: Split::default(),
                 ledger: Ledger::default(),
                 paused_ns: 0,
@@ -176,13 +179,18 @@ impl Account {
     /// answered, standing still, when the thread is gone. Call it on the vCPU thread, last. It does not wait for a reading
     /// under way, so a reader that is held up, for whatever time, does not hold up the vCPU's end.
     pub fn close(&self, writer: VtimeWriter) {
+        let mut probes = self.last_probes.lock().unwrap_or_else(PoisonError::into_inner).take();
         // The thread is here, so its clocks can be read; if not, it accrued nothing that anybody knows of.
-        let kvm_stats = self.kvm_stats.as_ref().and_then(|file| file.try_clone().ok());
-        let probes = Probes::open(self.tid, kvm_stats);
-        let raw = probes.and_then(|mut probes| probes.read(Depth::Full));
+        let raw = probes.as_mut().and_then(|probes| probes.read(Depth::Full).ok());
+        let left = |cpu| match (&self.placed, Placement::of(self.tid)) {
+            (Some(first), Some(now)) => now.left(cpu, first),
+            _ => false,
+        };
+        let moved = self.vtime_cpu && self.pinned.is_some_and(left);
         let (bracket, stamps) = self.instant();
         let end = Closed {
             raw: raw.unwrap_or(self.baseline),
+            moved,
             bracket,
             stamps,
         };
@@ -195,7 +203,8 @@ impl Account {
     #[expect(clippy::missing_panics_doc, reason = "open() takes the first reading")]
     pub fn read(&self) -> Reading {
         let mut books = self.books();
-        if let Some(taken) = self.take_closely(&mut books) {
+        let depth = if self.vtime_cpu { Depth::Utime } else { Depth::Lean };
+        if let Some(taken) = self.take_closely(&mut books, depth) {
             let reading = self.publish(&mut books, &taken);
             books.last = Some(reading);
         }
@@ -208,7 +217,7 @@ impl Account {
     /// `None` where [`Account::read`] would repeat its last reading.
     pub fn explain(&self) -> Option<Explained> {
         let mut books = self.books();
-        let taken = self.take(&mut books, Depth::Full)?;
+        let taken = self.take_closely(&mut books, Depth::Full)?;
         let reading = self.publish(&mut books, &taken);
         books.last = Some(reading.clone());
         Some(Explained {
@@ -256,9 +265,8 @@ impl Account {
 
     /// Takes one instant's figures, again if this thread was held up meanwhile: upper bounds are as loose as the probes
     /// are old, and what the vCPU thread was seen to do before may not be what it has done since.
-    fn take_closely(&self, books: &mut Books) -> Option<Taken> {
+    fn take_closely(&self, books: &mut Books, depth: Depth) -> Option<Taken> {
         const TRIES: usize = 3;
-        let depth = if self.vtime_cpu { Depth::Utime } else { Depth::Lean };
         let mut closest = self.take(books, depth)?;
         for _ in 1..TRIES {
             if closest.took_ns < self.tick_ns / 16 {
@@ -274,23 +282,26 @@ impl Account {
 
     fn take(&self, books: &mut Books, depth: Depth) -> Option<Taken> {
         let (raw, snapshot, (bracket, stamps)) = match self.closed.get() {
-            Some(end) => (end.raw, self.vtime.snapshot()?, (end.bracket, end.stamps)),
+            Some(end) => self.taken_last(end)?,
             None => {
                 let raw = books.probes.read(depth).ok()?;
                 let (snapshot, instant) = self.vtime.snapshot_at(|| self.instant())?;
-                (raw, snapshot, instant)
+                match self.closed.get() {
+                    // It has ended meanwhile: then all is of its last instant, and not of this one.
+                    Some(end) => self.taken_last(end)?,
+                    None => (raw, snapshot, instant),
+                }
             }
         };
-        let seen = match self.closed.get() {
-            Some(_) => books.watch.findings(),
+        let (seen, moved) = match self.closed.get() {
+            Some(end) => (books.watch.findings(), end.moved),
             None => {
-                let at_ns = bracket.now.ns;
-                books
-                    .watch
-                    .look(at_ns, raw.sched_ns, raw.stat.processor, raw.run_delay_ns)
+                let Raw { stat, run_delay_ns, .. } = raw;
+                let seen = (books.watch).look(bracket.now.ns, raw.sched_ns, stat.processor, run_delay_ns);
+                (seen, false)
             }
         };
-        let (tick_stopped, vtime_void) = (seen.tick_stopped, seen.vtime_void);
+        let (tick_stopped, vtime_void) = (seen.tick_stopped, seen.vtime_void || moved);
         let scale = Scale::of(self.opened, bracket.now);
         let mut inputs = self.inputs(&snapshot, bracket.now, scale, &raw);
         if vtime_void {
@@ -300,10 +311,10 @@ impl Account {
         inputs.paused_ns = inputs.paused_ns.max(books.paused_ns);
         books.paused_ns = inputs.paused_ns;
         let at = books.split.presence(&inputs);
-        // Where KVM_RUN was entered and left, or entered long ago, the tracepoints have been passed, or never will be.
-        let entered = inputs.state == State::Guest && inputs.slice_ns > SILENT_NS;
-        let bpf = stamps.filter(|time| time.sequence > 0 || (snapshot.guest == 0 && !entered));
-        let bpf = bpf.map(|time| stamped(time, &bracket, self.opened_lead, inputs.elapsed_ns));
+        let bpf = stamps.map(|time| {
+            let steered = books.steering.seen(bracket.lead());
+            stamped(time, &bracket, steered, inputs.elapsed_ns)
+        });
         Some(Taken {
             took_ns: scale.to_ns(bracket.now.ticks.saturating_sub(raw.begun_at)),
             raw,
@@ -321,10 +332,18 @@ impl Account {
         })
     }
 
-    /// This instant, and BPF's stamps at it.
+    /// What was taken when the thread ended.
+    fn taken_last(&self, end: &Closed) -> Option<(Raw, Snapshot, (Bracket, Option<GuestTime>))> {
+        Some((end.raw, self.vtime.snapshot()?, (end.bracket, end.stamps)))
+    }
+
+    /// This instant, and BPF's stamps at it, if KVM's tracepoints have been heard.
     fn instant(&self) -> (Bracket, Option<GuestTime>) {
         match &self.stamps {
-            Ok(tracked) => Bracket::around(tracked),
+            Ok(tracked) => {
+                let (bracket, time) = Bracket::around(tracked);
+                (bracket, time.filter(|_| tracked.heard()))
+            }
             Err(_) => (Bracket::without(), None),
         }
     }
@@ -381,7 +400,8 @@ impl Account {
             prof_ns: (utime.prof_ns.saturating_sub(base_utime.prof_ns)).saturating_sub(paused_cpu_ns),
         });
         let sched_age_ns = scale.to_ns(now.ticks.saturating_sub(raw.sched_read_at));
-        let sched_now_ns = raw.sched_ns + if raw.on_cpu { sched_age_ns } else { 0 };
+        // At most: a thread that was asleep may have woken up since.
+        let sched_now_ns = raw.sched_ns.saturating_add(sched_age_ns);
         Inputs {
             elapsed_ns: scale.span_ns(),
             paused_ns: scale.to_ns(snapshot.paused + running(State::Paused)),
@@ -397,6 +417,11 @@ impl Account {
             stat_guest_ns: (raw.stat.guest_time_clk.saturating_sub(base.stat.guest_time_clk))
                 .saturating_mul(self.stat_unit_ns),
             stat_unit_ns: self.stat_unit_ns,
+            // Where the thread had run a guest before, its baseline was rounded down too, and lacked a residue.
+            stat_baseline_ns: match base.stat.guest_time_clk {
+                0 => 0,
+                _ => self.stat_unit_ns + self.tick_ns,
+            },
             stat_age_ns: sched_now_ns.saturating_sub(raw.stat_sched_ns),
             run_delay_ns: raw.run_delay_ns.saturating_sub(base.run_delay_ns),
             halt_wait_ns: kvm(|k| k.halt_wait_ns),
@@ -437,8 +462,8 @@ struct Taken {
 fn exits(snapshot: &Snapshot, scale: Scale, published_ns: &mut [u64; ExitReason::COUNT]) -> Exits {
     let mut by_reason = BTreeMap::new();
     for ((reason, exit), vmm_ns) in ExitReason::ALL.iter().zip(snapshot.exits).zip(published_ns) {
-        *vmm_ns = scale.to_ns(exit.vmm).max(*vmm_ns);
         if exit.count > 0 {
+            *vmm_ns = scale.to_ns(exit.vmm).max(*vmm_ns);
             by_reason.insert(
                 reason.name().to_owned(),
                 ExitTotals {

@@ -16,9 +16,13 @@
 //! CPU's tick by behaviour ([`TickWatch`]). All of it reads; nothing here restarts a tick or sends an interrupt to
 //! another CPU. A look takes 0.1 to 0.2 ms, where a reading takes 10 us, so a watch looks at most once a second.
 //!
+//! Not to be seen in time: a thread that is moved to a CPU that samples and back again between two looks. It is seen at the
+//! next look, a second later at most; what the readings between have proved by then may be a sample's.
+//!
 //! Not to be seen from here: a CPU timer that another process has set on a thread of ours, and a quota on a cgroup above
 //! the root of this process's cgroup namespace. Their effect, a tick that runs, is seen.
 
+mod placement;
 mod process;
 mod text;
 mod tick;
@@ -29,6 +33,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use placement::Placement;
 pub use process::of_process;
 pub use text::{
     Cgroups, Loc, Mount, Status, TextError, parse_cfs_quota, parse_cgroup, parse_cpu_max, parse_loc, parse_migrations,

@@ -40,15 +40,18 @@ pub fn vtime(i: &Inputs, at: &Presence) -> Option<Claim> {
     let utime = i.utime?;
     let uppers = [
         i.stat_guest_ns
-            .saturating_add(i.stat_unit_ns + i.tick_ns)
+            .saturating_add(i.stat_unit_ns.saturating_add(i.tick_ns))
             .saturating_add(i.stat_age_ns),
-        utime.virt_ns.saturating_add(2 * i.tick_ns).saturating_add(i.age_ns),
+        utime
+            .virt_ns
+            .saturating_add(i.tick_ns.saturating_mul(2))
+            .saturating_add(i.age_ns),
         in_run(i, at),
         at.on_cpu_ns.saturating_add(i.age_ns),
     ];
     let upper = uppers.into_iter().fold(u64::MAX, u64::min);
     // True when it was read, and so true now.
-    let lower = i.stat_guest_ns;
+    let lower = i.stat_guest_ns.saturating_sub(i.stat_baseline_ns);
     // Where two of the clocks contradict each other, one of them is wrong and there is no telling which: both are inside.
     let bounds = Bounds {
         lower: lower.min(upper),

@@ -55,6 +55,8 @@ pub struct Inputs {
     pub stat_guest_ns: u64,
     /// The unit of the stat file: 10 ms.
     pub stat_unit_ns: u64,
+    /// How much less than it says the thread may have had: 0, but where it had run a guest before its first stamp.
+    pub stat_baseline_ns: u64,
     /// Time on a CPU, at most, since the stat file was read.
     pub stat_age_ns: u64,
     /// run_delay.
@@ -317,6 +319,7 @@ pub(super) mod tests {
             }),
             stat_guest_ns: f[7],
             stat_unit_ns: 10 * MS,
+            stat_baseline_ns: f[11] >> 40,
             stat_age_ns: f[11] >> 22,
             run_delay_ns: f[8],
             halt_wait_ns: f[9],

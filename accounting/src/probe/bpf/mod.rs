@@ -51,6 +51,7 @@ use std::ffi::CStr;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{major, minor};
@@ -88,6 +89,8 @@ pub struct Meter {
     figures: FiguresMap,
     /// Detach when closed.
     _links: [OwnedFd; PROGRAMS.len()],
+    /// Whether a tracepoint has been passed by any vCPU.
+    heard: AtomicBool,
     /// Indices nobody uses, the one given up last at the end. A program that found the thread of an index just given up
     /// may still be writing its figures, for the microsecond it takes; so that index is taken again last.
     free: Mutex<VecDeque<u32>>,
@@ -114,6 +117,7 @@ impl Meter {
             threads,
             figures,
             _links: links,
+            heard: AtomicBool::new(false),
             free: Mutex::new((0..ENTRIES).collect()),
         }))
     }
@@ -171,7 +175,18 @@ impl Tracked {
     /// outran every one of a bounded number of tries.
     #[must_use]
     pub fn read(&self) -> Option<GuestTime> {
-        self.meter.figures.read(self.index)
+        let time = self.meter.figures.read(self.index)?;
+        if time.sequence > 0 {
+            self.meter.heard.store(true, Ordering::Relaxed);
+        }
+        Some(time)
+    }
+
+    /// Whether a read has found that any of the meter's vCPUs passed a tracepoint. Until then nothing tells a vCPU that has
+    /// not been in the guest from one of a KVM backend that passes no tracepoints.
+    #[must_use]
+    pub fn heard(&self) -> bool {
+        self.meter.heard.load(Ordering::Relaxed)
     }
 }
 
