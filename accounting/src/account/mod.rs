@@ -7,7 +7,6 @@ mod explain;
 mod gtime;
 mod stamped;
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -24,7 +23,7 @@ use crate::host::{HostCpus, tick_ns};
 use crate::ledger::{self, Ledger};
 use crate::probe::bpf::{GuestTime, Tracked};
 use crate::probe::{Depth, KvmCounters, Probes, Raw, Utime};
-use crate::reading::{ExitTotals, Exits, Histogram, Histograms, HostCpu, Pending, Reading, Source};
+use crate::reading::{Bounds, ExitTotals, Exits, Histogram, Histograms, HostCpu, Pending, Reading, Source, VcpuState};
 use crate::split::{Inputs, Presence, Split, claims};
 use crate::vtime::{BUCKETS, ExitReason, Snapshot, State, VtimeReader, VtimeWriter, vtime};
 
@@ -108,12 +107,22 @@ struct Books {
     ledger: Ledger,
     /// Paused time, in nanoseconds.
     paused_ns: u64,
-    /// VMM time by exit reason as published, in nanoseconds: a scale that is better known may convert to less.
-    exits_vmm_ns: [u64; ExitReason::COUNT],
+    /// By [`ExitReason`]'s discriminant, as published.
+    exits: [ExitTotals; ExitReason::COUNT],
     /// The last ones, empty at first.
     histograms: Histograms,
-    /// From the first on, which [`Account::open`] takes.
-    last: Option<Reading>,
+    /// From the first reading on, which [`Account::open`] takes.
+    said: Option<Said>,
+}
+
+/// What a reading says beside the totals.
+#[derive(Clone, Copy, Debug)]
+struct Said {
+    state: VcpuState,
+    pending: Pending,
+    gtime_bounds_ns: Bounds,
+    source: Source,
+    host_cpu: HostCpu,
 }
 
 impl Account {
@@ -162,13 +171,13 @@ impl Account {
                 split: Split::default(),
                 ledger: Ledger::default(),
                 paused_ns: 0,
-                exits_vmm_ns: [0; ExitReason::COUNT],
+                exits: [ExitTotals::default(); ExitReason::COUNT],
                 histograms: Histograms {
                     index: open.index,
                     run: Histogram::new(&[0; BUCKETS], 0),
                     vmm: Histogram::new(&[0; BUCKETS], 0),
                 },
-                last: None,
+                said: None,
             }),
         };
         account.read();
@@ -204,25 +213,21 @@ impl Account {
     pub fn read(&self) -> Reading {
         let mut books = self.books();
         let depth = if self.vtime_cpu { Depth::Utime } else { Depth::Lean };
-        if let Some(taken) = self.take_closely(&mut books, depth) {
-            let reading = self.publish(&mut books, &taken);
-            books.last = Some(reading);
-        }
+        self.refresh(&mut books, depth, |_| ());
         // Else the writer outran every try, or the thread died without closing: what was read last is of one instant
         // too, and as true as it was.
-        books.last.clone().expect("open() took the first, with nobody writing")
+        self.published(&books)
+            .expect("open() took the first, with nobody writing")
     }
 
     /// A reading, and what it was made of: each source's own claim, each probe's raw value. Costs some ten microseconds more.
     /// `None` where [`Account::read`] would repeat its last reading.
     pub fn explain(&self) -> Option<Explained> {
         let mut books = self.books();
-        let taken = self.take_closely(&mut books, Depth::Full)?;
-        let reading = self.publish(&mut books, &taken);
-        books.last = Some(reading.clone());
+        let explain = self.refresh(&mut books, Depth::Full, |taken| Explanation::new(self, taken))?;
         Some(Explained {
-            reading,
-            explain: Explanation::new(self, &taken),
+            reading: self.published(&books)?,
+            explain,
         })
     }
 
@@ -263,23 +268,23 @@ impl Account {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes one instant's figures, again if this thread was held up meanwhile: upper bounds are as loose as the probes
-    /// are old, and what the vCPU thread was seen to do before may not be what it has done since.
-    fn take_closely(&self, books: &mut Books, depth: Depth) -> Option<Taken> {
+    /// Takes one instant's figures and publishes them. Takes them again if this thread was held up meanwhile: upper bounds are
+    /// as loose as the probes are old, and what the vCPU thread was seen to do before may not be what it has done since.
+    fn refresh<T>(&self, books: &mut Books, depth: Depth, also: impl FnOnce(&Taken) -> T) -> Option<T> {
         const TRIES: usize = 3;
-        let mut closest = self.take(books, depth)?;
-        for _ in 1..TRIES {
-            if closest.took_ns < self.tick_ns / 16 {
-                break;
+        let mut tries = 1;
+        loop {
+            let taken = self.take(books, depth)?;
+            if taken.took_ns < self.tick_ns / 16 || tries == TRIES {
+                self.publish(books, &taken);
+                return Some(also(&taken));
             }
-            let again = self.take(books, depth)?;
-            if again.took_ns < closest.took_ns {
-                closest = again;
-            }
+            tries += 1;
         }
-        Some(closest)
     }
 
+    /// Inlined by force: what it gives is a kilobyte, which a call would copy.
+    #[inline(always)]
     fn take(&self, books: &mut Books, depth: Depth) -> Option<Taken> {
         let (raw, snapshot, (bracket, stamps)) = match self.closed.get() {
             Some(end) => self.taken_last(end)?,
@@ -333,6 +338,7 @@ impl Account {
     }
 
     /// What was taken when the thread ended.
+    #[cold]
     fn taken_last(&self, end: &Closed) -> Option<(Raw, Snapshot, (Bracket, Option<GuestTime>))> {
         Some((end.raw, self.vtime.snapshot()?, (end.bracket, end.stamps)))
     }
@@ -348,7 +354,7 @@ impl Account {
         }
     }
 
-    fn publish(&self, books: &mut Books, taken: &Taken) -> Reading {
+    fn publish(&self, books: &mut Books, taken: &Taken) {
         let Taken { snapshot, inputs, .. } = taken;
         let claim = self.gtime_source.choose(&taken.claims);
         let answer = taken.at.with_guest(inputs, claim.point_ns);
@@ -356,28 +362,53 @@ impl Account {
             Source::Bpf => ledger::EXACT_WITH_GUEST,
             Source::Vtime | Source::Oncpu => ledger::EXACT,
         };
-        let modes = books.ledger.publish(inputs.elapsed_ns, answer.modes, exact);
-        let elapsed_ns = books.ledger.elapsed_ns();
-        Reading {
-            index: self.index,
-            tid: self.tid,
+        books.ledger.publish(inputs.elapsed_ns, answer.modes, exact);
+        for (total, exit) in books.exits.iter_mut().zip(&snapshot.exits) {
+            if exit.count > 0 {
+                total.count = exit.count;
+                // A scale that is better known may convert to less.
+                total.vmm_ns = taken.scale.to_ns(exit.vmm).max(total.vmm_ns);
+            }
+        }
+        books.said = Some(Said {
             state: answer.state,
-            // A reading taken while the account was being closed may be a moment past the last instant of it.
-            at_ns: self.opened.ns.saturating_add(elapsed_ns),
-            elapsed_ns,
-            utime_ns: modes.host_user_ns + modes.guest_ns,
-            stime_ns: modes.host_kernel_ns,
-            gtime_ns: modes.guest_ns,
-            modes,
             pending: Pending {
                 mode: answer.pending,
                 delta_ns: inputs.slice_ns,
             },
             gtime_bounds_ns: books.ledger.publish_bounds(claim.bounds),
             source: claim.source,
-            exits: exits(snapshot, taken.scale, &mut books.exits_vmm_ns),
             host_cpu: self.host_cpu(taken),
-        }
+        });
+    }
+
+    /// What was published last.
+    fn published(&self, books: &Books) -> Option<Reading> {
+        let said = books.said?;
+        let (modes, elapsed_ns) = (books.ledger.modes(), books.ledger.elapsed_ns());
+        let reasons = ExitReason::ALL.iter().zip(&books.exits);
+        let by_reason = reasons.filter(|(_, exit)| exit.count > 0);
+        Some(Reading {
+            index: self.index,
+            tid: self.tid,
+            state: said.state,
+            at_ns: self.opened.ns.saturating_add(elapsed_ns),
+            elapsed_ns,
+            utime_ns: modes.host_user_ns + modes.guest_ns,
+            stime_ns: modes.host_kernel_ns,
+            gtime_ns: modes.guest_ns,
+            modes,
+            pending: said.pending,
+            gtime_bounds_ns: said.gtime_bounds_ns,
+            source: said.source,
+            exits: Exits {
+                total: books.exits.iter().map(|exit| exit.count).sum(),
+                by_reason: by_reason
+                    .map(|(reason, &exit)| (reason.name().to_owned(), exit))
+                    .collect(),
+            },
+            host_cpu: said.host_cpu,
+        })
     }
 
     fn inputs(&self, snapshot: &Snapshot, now: Instant, scale: Scale, raw: &Raw) -> Inputs {
@@ -459,26 +490,6 @@ struct Taken {
     claims: Claims,
 }
 
-fn exits(snapshot: &Snapshot, scale: Scale, published_ns: &mut [u64; ExitReason::COUNT]) -> Exits {
-    let mut by_reason = BTreeMap::new();
-    for ((reason, exit), vmm_ns) in ExitReason::ALL.iter().zip(snapshot.exits).zip(published_ns) {
-        if exit.count > 0 {
-            *vmm_ns = scale.to_ns(exit.vmm).max(*vmm_ns);
-            by_reason.insert(
-                reason.name().to_owned(),
-                ExitTotals {
-                    count: exit.count,
-                    vmm_ns: *vmm_ns,
-                },
-            );
-        }
-    }
-    Exits {
-        total: snapshot.exits.iter().map(|exit| exit.count).sum(),
-        by_reason,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::channel;
@@ -487,7 +498,6 @@ mod tests {
 
     use super::*;
     use crate::laws;
-    use crate::reading::VcpuState;
 
     /// A thread that opens an account and does what `live` does with it: a vCPU without a guest.
     fn vcpu(live: impl FnOnce(&mut VtimeWriter) + Send + 'static) -> (Arc<Account>, thread::JoinHandle<()>) {

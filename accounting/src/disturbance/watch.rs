@@ -94,6 +94,7 @@ impl Watch {
     }
 
     /// [`Watch::look`], however short ago the last one was.
+    #[inline(never)] // seldom called, and large: readings look once a second
     pub fn look_afresh(&mut self, now_ns: u64, on_cpu_ns: u64, stat_processor: u32, run_delay_ns: u64) -> &Findings {
         let mut disturbances = of_task(&self.task);
         let status = fs::read(self.task.join("status"));
