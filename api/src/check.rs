@@ -20,8 +20,9 @@ use crate::host::Host;
 /// # Errors
 /// The host's own account of itself cannot be read.
 pub fn check(args: &Check) -> Result<u8> {
-    let host = Host::read().context("the host's CPUs cannot be read")?;
-    let findings = judge(&host, &disturbance::of_process());
+    let host = Host::read(vmm::host::kvm()).context("the host's CPUs cannot be read")?;
+    let no_bpf = vmm::host::bpf().err().map(|why| why.to_string());
+    let findings = judge(&host, no_bpf.as_deref(), &disturbance::of_process());
     let guests_run = findings.iter().all(|finding| finding.verdict != Verdict::Error);
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -89,12 +90,12 @@ fn text(findings: &[Finding]) -> String {
     text
 }
 
-fn judge(host: &Host, disturbances: &[Disturbance]) -> Vec<Finding> {
+fn judge(host: &Host, no_bpf: Option<&str>, disturbances: &[Disturbance]) -> Vec<Finding> {
     let mut findings = vec![kvm(host), cpus(host), nohz_full(host)];
     findings.extend(isolated(host));
     findings.push(tick(host));
     findings.extend(disturbances.iter().map(disturbance));
-    findings.push(bpf(host));
+    findings.push(bpf(no_bpf));
     findings.extend(huge_pages(host));
     findings
 }
@@ -132,7 +133,7 @@ fn kvm(host: &Host) -> Finding {
     };
     match &kvm.error {
         Some(says) => error(says.clone(), None),
-        None if !kvm.runs_stock_kernels => error(
+        None if kvm.runs_stock_kernels != Some(true) => error(
             format!(
                 "/dev/kvm ({modules}) cannot run a distribution's kernel: it lacks instructions that kernels execute"
             ),
@@ -230,8 +231,8 @@ fn disturbance(disturbance: &Disturbance) -> Finding {
 }
 
 /// Not a shortcoming where it is absent: it has to be asked for.
-fn bpf(host: &Host) -> Finding {
-    let says = match &host.kvm.no_bpf {
+fn bpf(unavailable: Option<&str>) -> Finding {
+    let says = match unavailable {
         None => "guest time can be had to a microsecond, for some 0.2 us an exit (--gtime-source bpf)".to_owned(),
         Some(why) => format!("not here: {why}; --gtime-source bpf and auto take the next source"),
     };
@@ -275,8 +276,7 @@ mod tests {
             kvm: Kvm {
                 error: None,
                 modules: vec!["kvm_amd".to_owned()],
-                runs_stock_kernels: true,
-                no_bpf: None,
+                runs_stock_kernels: Some(true),
             },
             transparent_hugepage: Some("madvise".to_owned()),
         }
@@ -284,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_good_host_needs_no_advice() {
-        let findings = judge(&good(), &[]);
+        let findings = judge(&good(), None, &[]);
         assert!(
             findings.iter().all(|f| f.verdict == Verdict::Ok && f.advice.is_none()),
             "{}",
@@ -295,9 +295,7 @@ mod tests {
 
     #[test]
     fn why_bpf_cannot_be_had_is_said_and_held_against_nobody() {
-        let mut host = good();
-        host.kvm.no_bpf = Some("the tracepoints are silent".to_owned());
-        let finding = bpf(&host);
+        let finding = bpf(Some("the tracepoints are silent"));
         assert!(
             finding.says.contains("not here: the tracepoints are silent"),
             "{finding:?}"
@@ -316,7 +314,7 @@ mod tests {
                 Error,
                 "does not exist",
             ),
-            (|h| h.kvm.runs_stock_kernels = false, "KVM", Error, "VMX or SVM"),
+            (|h| h.kvm.runs_stock_kernels = Some(false), "KVM", Error, "VMX or SVM"),
             (
                 |h| h.cpus.allowed = CpuSet::from([1]),
                 "CPUs",
@@ -347,7 +345,7 @@ mod tests {
         for (spoil, what, verdict, says) in table {
             let mut host = good();
             spoil(&mut host);
-            let findings = judge(&host, &[]);
+            let findings = judge(&host, None, &[]);
             let finding = findings.iter().find(|finding| finding.what == what).unwrap();
             assert_eq!(finding.verdict, verdict, "{finding:?}");
             let said = format!("{} {}", finding.says, finding.advice.as_deref().unwrap_or_default());
@@ -365,7 +363,7 @@ mod tests {
                 period_us: 2,
             },
         ];
-        let text = text(&judge(&good(), &found));
+        let text = text(&judge(&good(), None, &found));
         for line in [
             "warning limits     CPU time of the process is limited to 60 s",
             "ulimit -t unlimited",

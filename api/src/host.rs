@@ -26,10 +26,8 @@ pub struct Kvm {
     pub error: Option<String>,
     /// The modules behind it.
     pub modules: Vec<String>,
-    /// Whether the kernel of a distribution runs on it.
-    pub runs_stock_kernels: bool,
-    /// Why guest time cannot be had from BPF programs at its tracepoints, if so.
-    pub no_bpf: Option<String>,
+    /// Whether the kernel of a distribution runs on it; `None` where that is not known without disturbing vCPUs.
+    pub runs_stock_kernels: Option<bool>,
 }
 
 impl From<KvmStatus> for Kvm {
@@ -38,21 +36,20 @@ impl From<KvmStatus> for Kvm {
             error: status.error.map(|error| error.to_string()),
             modules: status.modules,
             runs_stock_kernels: status.runs_stock_kernels,
-            no_bpf: status.no_bpf,
         }
     }
 }
 
 impl Host {
-    /// Reads it, and tries its KVM: this may take half a second.
+    /// Reads it; `kvm` is what was found out of its KVM.
     ///
     /// # Errors
     /// A file of sysfs that cannot be read or understood, by its path.
-    pub fn read() -> io::Result<Self> {
+    pub fn read(kvm: KvmStatus) -> io::Result<Self> {
         Ok(Self {
             cpus: HostCpus::read()?,
             tick_ns: tick_ns(),
-            kvm: vmm::host::kvm().into(),
+            kvm: kvm.into(),
             transparent_hugepage: transparent_hugepage(),
         })
     }

@@ -2,7 +2,11 @@
 //!
 //! The last is found out by behaviour, not by name. A KVM without VMX or SVM behind it is a software backend: code of the
 //! guest's user mode runs as it is, code of its kernel mode is emulated, and the emulator lacks instructions that every
-//! distribution's kernel executes. [`kvm`] lets a guest execute those.
+//! distribution's kernel executes. [`kvm`] lets a guest execute those; so does [`bpf`], with BPF programs watching.
+//!
+//! To try disturbs: a guest's memory that goes sends an interrupt to every CPU that runs a thread of this process, and
+//! programs that are attached send one to every CPU there is. So neither is called beside running vCPUs:
+//! [`kvm_at_its_word`] is.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -29,40 +33,71 @@ pub struct KvmStatus {
     pub error: Option<KvmError>,
     /// The modules behind it: `kvm_intel`, `kvm_amd`, or another; empty where they are not told.
     pub modules: Vec<String>,
-    /// Whether the kernel of a distribution runs on it. Found out by running what such a kernel executes.
-    pub runs_stock_kernels: bool,
-    /// Why guest time cannot be had from BPF programs at KVM's tracepoints, if so. Found out by trying.
-    pub no_bpf: Option<String>,
+    /// Whether the kernel of a distribution runs on it; `None` where that was not tried, and its name does not tell.
+    pub runs_stock_kernels: Option<bool>,
 }
 
-/// Looks at this host's KVM. Takes some milliseconds, half a second at most.
+/// Looks at this host's KVM, and runs on it what such a kernel executes. Takes some milliseconds, half a second at most.
+/// Not for a process whose vCPUs run: see the module.
 #[must_use]
 pub fn kvm() -> KvmStatus {
+    status(|kvm, _| Some(runs_stock_kernels(kvm)))
+}
+
+/// Looks at this host's KVM without trying it: hardware is taken at its name. Disturbs no vCPU.
+#[must_use]
+pub fn kvm_at_its_word() -> KvmStatus {
+    status(|_, modules| has_hardware(modules).then_some(true))
+}
+
+fn status(runs_stock_kernels: impl Fn(&Kvm, &[String]) -> Option<bool>) -> KvmStatus {
     let modules = backend_modules();
     match kvm::open() {
-        Ok(kvm) => {
-            let gtime = Gtime::prepare(GtimeSource::From(Source::Bpf));
-            let (runs_stock_kernels, heard) = match run_probe(&kvm, gtime.clone()) {
-                Ok(Probed { ran, source }) => (ran, source == Source::Bpf),
-                Err(error) => {
-                    tracing::debug!("the probe guest could not be made: {error}");
-                    (false, false)
-                }
-            };
-            let silent = || (!heard).then(|| "KVM's tracepoints stay silent on this host".to_owned());
-            KvmStatus {
-                error: None,
-                modules,
-                runs_stock_kernels,
-                no_bpf: gtime.refused().map(str::to_owned).or_else(silent),
-            }
-        }
+        Ok(kvm) => KvmStatus {
+            runs_stock_kernels: runs_stock_kernels(&kvm, &modules),
+            error: None,
+            modules,
+        },
         Err(error) => KvmStatus {
-            no_bpf: Some(format!("there is no KVM to watch: {error}")),
+            runs_stock_kernels: Some(false),
             error: Some(error),
             modules,
-            runs_stock_kernels: false,
         },
+    }
+}
+
+/// Why guest time cannot be had from BPF programs at KVM's tracepoints.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoBpf {
+    /// There is no KVM.
+    #[error("there is no KVM to watch: {0}")]
+    NoKvm(#[from] KvmError),
+    /// The programs could not be attached; why, in the words of [`Gtime::refused`].
+    #[error("{0}")]
+    NotAttached(String),
+    /// They are attached, and nothing could be shown to them.
+    #[error("not tried, as the guest to try it with could not be made: {0}")]
+    NotTried(#[from] StartError),
+    /// A guest ran, and they saw nothing of it.
+    #[error("KVM's tracepoints stay silent on this host")]
+    Silent,
+}
+
+/// Finds out whether guest time can be had from BPF programs, by having them watch a guest. As long as it takes (as
+/// [`kvm`]), they run at every vCPU's exits on this host.
+///
+/// # Errors
+/// See [`NoBpf`].
+pub fn bpf() -> Result<(), NoBpf> {
+    let kvm = kvm::open()?;
+    let gtime = Gtime::prepare(GtimeSource::From(Source::Bpf));
+    if let Some(why) = gtime.refused() {
+        return Err(NoBpf::NotAttached(why.to_owned()));
+    }
+    match run_probe(&kvm, gtime)?.source {
+        Source::Bpf => Ok(()),
+        Source::Vtime | Source::Oncpu => Err(NoBpf::Silent),
     }
 }
 
@@ -242,12 +277,39 @@ mod tests {
         let status = kvm();
         assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
         match &status.error {
-            Some(error) => assert!(!status.runs_stock_kernels && !error.to_string().contains('\n')),
+            Some(error) => assert!(status.runs_stock_kernels == Some(false) && !error.to_string().contains('\n')),
             // Hardware runs every instruction there is. The converse is not ours to promise.
             None => assert!(
-                status.runs_stock_kernels || !has_hardware(&status.modules),
+                status.runs_stock_kernels == Some(true) || !has_hardware(&status.modules),
                 "{status:?}"
             ),
+        }
+    }
+
+    #[test]
+    fn what_is_said_without_trying_is_borne_out_by_trying() {
+        let (word, tried) = (kvm_at_its_word(), kvm());
+        assert_eq!(word.error.is_some(), tried.error.is_some(), "{word:?} {tried:?}");
+        assert!(tried.runs_stock_kernels.is_some(), "{tried:?}");
+        if word.runs_stock_kernels.is_some() {
+            assert_eq!(word.runs_stock_kernels, tried.runs_stock_kernels, "{word:?}");
+        }
+    }
+
+    #[test]
+    fn why_there_is_no_bpf_is_what_was_found_out() {
+        let failed = StartError::Host {
+            what: "write the probe guest",
+            source: std::io::Error::from_raw_os_error(12),
+        };
+        let said = NoBpf::from(failed).to_string();
+        assert!(
+            said.contains("cannot write the probe guest: ") && !said.contains("silent"),
+            "{said}"
+        );
+        // Whichever it is here: in one line.
+        if let Err(why) = bpf() {
+            assert!(!why.to_string().contains('\n'), "{why}");
         }
     }
 

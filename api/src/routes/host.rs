@@ -42,10 +42,16 @@ impl Shown {
 /// Between two looks at the vCPUs: what is going on shows in what grows meanwhile, and a tick in how many there were.
 const TICKS: u64 = 50;
 
-/// Neither the host nor the disturbances are read on the API's thread: trying KVM takes its time, and so do two looks.
+/// Neither the host nor the disturbances are read on the API's thread: trying KVM takes its time, and so do two looks. No
+/// vCPU is disturbed: where there is one, KVM is not tried.
 pub(super) async fn get(State(shared): State<Shared>) -> Result<Response, Fault> {
     let read = async || {
-        let host = tokio::task::spawn_blocking(Host::read).await;
+        let kvm = if shared.backend.vcpus() > 0 {
+            vmm::host::kvm_at_its_word
+        } else {
+            vmm::host::kvm
+        };
+        let host = tokio::task::spawn_blocking(move || Host::read(kvm())).await;
         let host = host.unwrap_or_else(|error| Err(std::io::Error::other(error)));
         host.map_err(|error| Fault(format!("The host's CPUs could not be read: {error}.")))
     };
