@@ -42,26 +42,27 @@ impl Shown {
 /// Between two looks at the vCPUs: what is going on shows in what grows meanwhile, and a tick in how many there were.
 const TICKS: u64 = 50;
 
-/// Neither the host nor the disturbances are read on the API's thread: trying KVM takes its time, and so do two looks. No
-/// vCPU is disturbed: where there is one, KVM is not tried.
+/// Nothing is read on the API's thread: trying KVM takes its time, and so do two looks. No vCPU is disturbed: where there
+/// is one, KVM is not tried.
 pub(super) async fn get(State(shared): State<Shared>) -> Result<Response, Fault> {
+    let started = || shared.backend.vcpus() > 0;
     let read = async || {
-        let kvm = if shared.backend.vcpus() > 0 {
+        let kvm = if started() {
             vmm::host::kvm_at_its_word
         } else {
             vmm::host::kvm
         };
-        let host = tokio::task::spawn_blocking(move || Host::read(kvm())).await;
-        let host = host.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        let host = blocking(move || Host::read(kvm())).await?;
         host.map_err(|error| Fault(format!("The host's CPUs could not be read: {error}.")))
     };
     let host = shared.host.get_or_try_init(read).await?;
-    if shared.backend.vcpus() > 0 {
+    // Requests at once take turns: a look between the two of another would cut its time short.
+    let _turn = shared.looks.lock().await;
+    if started() {
         look(&shared).await?;
         tokio::time::sleep(Duration::from_nanos(TICKS.saturating_mul(host.tick_ns))).await;
     }
-    let of_vcpus = look(&shared).await?;
-    let of_process = disturbance::of_process();
+    let (of_process, of_vcpus) = look(&shared).await?;
     let mut disturbances: Vec<_> = of_process.iter().map(|found| Shown::new(None, found)).collect();
     for (vcpu, found) in (0..).zip(of_vcpus) {
         // Each finds the process's disturbances too.
@@ -71,10 +72,17 @@ pub(super) async fn get(State(shared): State<Shared>) -> Result<Response, Fault>
     Ok(json(&Answer { host, disturbances }))
 }
 
-/// Looks at each vCPU, in order.
-async fn look(shared: &Shared) -> Result<Vec<Vec<Disturbance>>, Fault> {
+/// Looks at the process, and at each vCPU, in order.
+async fn look(shared: &Shared) -> Result<(Vec<Disturbance>, Vec<Vec<Disturbance>>), Fault> {
     let backend = shared.backend.clone();
-    let look = move || (0..backend.vcpus()).map(|index| backend.disturbances(index)).collect();
-    let looked = tokio::task::spawn_blocking(look).await;
-    looked.map_err(|error| Fault(format!("The vCPUs' disturbances could not be looked for: {error}.")))
+    blocking(move || {
+        let of_vcpus = (0..backend.vcpus()).map(|index| backend.disturbances(index)).collect();
+        (disturbance::of_process(), of_vcpus)
+    })
+    .await
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Fault> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| Fault(format!("The host could not be looked at: {error}.")))
 }

@@ -23,7 +23,7 @@ use axum::routing::{get, patch, put};
 use http_body_util::BodyExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::{OnceCell, oneshot};
+use tokio::sync::{Mutex, OnceCell, oneshot};
 use vmm::{Action, ActionError, Reply};
 
 use crate::backend::Backend;
@@ -57,6 +57,8 @@ pub struct Shared {
     started: Arc<dyn Fn() + Send + Sync>,
     /// The host, once somebody has asked for it.
     host: Arc<OnceCell<Host>>,
+    /// Held by whoever looks for disturbances, from the first look to the last.
+    looks: Arc<Mutex<()>>,
 }
 
 impl Shared {
@@ -66,6 +68,7 @@ impl Shared {
             backend,
             started: Arc::new(started),
             host: Arc::default(),
+            looks: Arc::default(),
         }
     }
 }
