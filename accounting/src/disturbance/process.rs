@@ -1,12 +1,13 @@
 //! What disturbs every vCPU of this process: its CPU time limit, its CPU timers, its cgroup's quota.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
 use rustix::process::{Resource, getrlimit};
 
 use super::Disturbance;
-use super::text::{parse_cfs_quota, parse_cgroup, parse_cpu_max, parse_mountinfo, parse_timers};
+use super::text::{Cgroups, Mount, parse_cfs_quota, parse_cgroup, parse_cpu_max, parse_mountinfo, parse_timers};
 
 /// What disturbs this process as a whole. What cannot be read, or understood, is not reported: `/proc/self/timers` is
 /// missing without `CONFIG_CHECKPOINT_RESTORE`, cgroup files in a container that hides them.
@@ -40,15 +41,23 @@ fn quotas(task: &Path) -> Vec<Disturbance> {
     };
     let mounts = fs::read("/proc/self/mountinfo").ok();
     let mounts = mounts.and_then(|text| parse_mountinfo(&text).ok()).unwrap_or_default();
-    let mut found = Vec::new();
+    quotas_of(&cgroups, &mounts)
+}
+
+/// One hierarchy may be mounted in several places, which show the same cgroups: each quota is found once.
+fn quotas_of(cgroups: &Cgroups, mounts: &[Mount]) -> Vec<Disturbance> {
+    let (mut seen, mut found) = (BTreeSet::new(), Vec::new());
     for mount in mounts {
         let cgroup = if mount.v2 { &cgroups.v2 } else { &cgroups.v1_cpu };
-        for directory in cgroup.iter().flat_map(|cgroup| mount.directories(cgroup)) {
-            found.extend(quota(&directory, mount.v2));
+        for cgroup in cgroup.iter() {
+            for (cgroup, directory) in cgroup.ancestors().zip(mount.directories(cgroup)) {
+                let which = (mount.v2, cgroup);
+                if let Some(quota) = quota(&directory, mount.v2).filter(|_| seen.insert(which)) {
+                    found.push(quota);
+                }
+            }
         }
     }
-    // One hierarchy may be mounted in several places.
-    found.dedup();
     found
 }
 
@@ -166,6 +175,56 @@ mod tests {
         };
         assert_eq!(quota(&folder, true), Some(of("cpu.max", 50_000, 100_000)));
         assert_eq!(quota(&folder, false), Some(of("cpu.cfs_quota_us", 20_000, 40_000)));
+        fs::remove_dir_all(&folder).expect("it is ours");
+    }
+
+    #[test]
+    fn a_quota_is_reported_once_wherever_its_hierarchy_is_mounted() {
+        let folder = std::env::temp_dir().join(format!("chronovisor-mounts-{}", std::process::id()));
+        let cgroup = |path: &str, file: &str, text: &str| {
+            let directory = folder.join(path);
+            fs::create_dir_all(&directory).expect("a folder");
+            fs::write(directory.join(file), text).expect("a file");
+        };
+        // The unified hierarchy whole, whole again, and from /a down; version 1 with a cgroup of the same path.
+        for point in ["one", "two"] {
+            cgroup(&format!("{point}/a"), "cpu.max", "50000 100000\n");
+            cgroup(&format!("{point}/a/b"), "cpu.max", "20000 100000\n");
+        }
+        cgroup("bound", "cpu.max", "50000 100000\n");
+        cgroup("bound/b", "cpu.max", "20000 100000\n");
+        cgroup("v1/a/b", "cpu.cfs_quota_us", "20000\n");
+        cgroup("v1/a/b", "cpu.cfs_period_us", "100000\n");
+        let mount = |v2, root: &str, point: &str| Mount {
+            v2,
+            root: root.into(),
+            point: folder.join(point),
+        };
+        let cgroups = Cgroups {
+            v2: Some("/a/b".into()),
+            v1_cpu: Some("/a/b".into()),
+        };
+        let files = |mounts: &[Mount]| -> Vec<_> {
+            let found = quotas_of(&cgroups, mounts).into_iter().map(|quota| match quota {
+                Disturbance::CfsQuota { file, .. } => file,
+                other => panic!("{other}"),
+            });
+            found
+                .map(|file| file.strip_prefix(&folder).expect("ours").display().to_string())
+                .collect()
+        };
+        let (one, two) = (mount(true, "/", "one"), mount(true, "/", "two"));
+        let (bound, v1) = (mount(true, "/a", "bound"), mount(false, "/", "v1"));
+        assert_eq!(
+            files(&[one.clone(), two, bound.clone(), v1]),
+            ["one/a/b/cpu.max", "one/a/cpu.max", "v1/a/b/cpu.cfs_quota_us"]
+        );
+        assert_eq!(
+            files(&[bound.clone(), one.clone()]),
+            ["bound/b/cpu.max", "bound/cpu.max"]
+        );
+        // A mount that hides its files hides nothing that another shows.
+        assert_eq!(files(&[mount(true, "/", "none"), one]).len(), 2);
         fs::remove_dir_all(&folder).expect("it is ours");
     }
 }
