@@ -1,28 +1,35 @@
 //! `chronovisor check`: how well this host can run guests and tell their time, and what to change.
 //!
 //! What the host says of itself is judged, nothing is changed. That a CPU is named by `nohz_full=` does not prove that its tick
-//! stops: a reading's `tick_stopped` tells.
+//! stops: a reading's `tick_stopped` tells; with `--api-sock`, so does what disturbs the vCPUs of a microVM that runs.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::path::Path;
 
 use accounting::disturbance::{self, Disturbance};
 use accounting::host::{CpuSet, cpu_list};
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use vmm::host::NoBpf;
 
 use crate::cli::Check;
+use crate::client::Client;
 use crate::exit;
 use crate::host::Host;
 
 /// Says it. The status is 0 when guests can run.
 ///
 /// # Errors
-/// The host's own account of itself cannot be read.
+/// The host's own account of itself cannot be read, or no microVM answers on the socket given.
 pub fn check(args: &Check) -> Result<u8> {
     let host = Host::read(vmm::host::kvm()).context("the host's CPUs cannot be read")?;
-    let no_bpf = vmm::host::bpf().err().map(|why| why.to_string());
-    let findings = judge(&host, no_bpf.as_deref(), &disturbance::of_process());
+    // The programs would run at the exits of the microVM that is asked after.
+    let bpf = args.api_sock.is_none().then(vmm::host::bpf);
+    let mut findings = judge(&host, bpf, &disturbance::of_process());
+    if let Some(path) = &args.api_sock {
+        findings.extend(microvm(path)?);
+    }
     let guests_run = findings.iter().all(|finding| finding.verdict != Verdict::Error);
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -90,12 +97,12 @@ fn text(findings: &[Finding]) -> String {
     text
 }
 
-fn judge(host: &Host, no_bpf: Option<&str>, disturbances: &[Disturbance]) -> Vec<Finding> {
+fn judge(host: &Host, bpf_tried: Option<Result<(), NoBpf>>, disturbances: &[Disturbance]) -> Vec<Finding> {
     let mut findings = vec![kvm(host), cpus(host), nohz_full(host)];
     findings.extend(isolated(host));
     findings.push(tick(host));
     findings.extend(disturbances.iter().map(disturbance));
-    findings.push(bpf(no_bpf));
+    findings.push(bpf(bpf_tried));
     findings.extend(huge_pages(host));
     findings
 }
@@ -221,22 +228,72 @@ fn tick(host: &Host) -> Finding {
 
 /// What spoils a tickless CPU for all vCPUs of this process, and of the processes that inherit its limits and its cgroup.
 fn disturbance(disturbance: &Disturbance) -> Finding {
-    let what = match disturbance {
-        Disturbance::RlimitCpu { .. } => "limits",
-        Disturbance::CfsQuota { .. } => "quota",
-        Disturbance::CpuTimer { .. } => "timers",
+    warning(subject(disturbance.kind()), disturbance.says(), disturbance.advice())
+}
+
+/// What a disturbance is of, by its kind.
+fn subject(kind: &str) -> &'static str {
+    match kind {
+        "rlimit_cpu" => "limits",
+        "cfs_quota" => "quota",
+        "cpu_timer" => "timers",
+        "second_task" => "neighbour",
+        "moved_affinity" => "affinity",
         _ => "tick",
-    };
-    warning(what, disturbance.says(), disturbance.advice())
+    }
 }
 
 /// Not a shortcoming where it is absent: it has to be asked for.
-fn bpf(unavailable: Option<&str>) -> Finding {
-    let says = match unavailable {
-        None => "guest time can be had to a microsecond, for some 0.2 us an exit (--gtime-source bpf)".to_owned(),
-        Some(why) => format!("not here: {why}; --gtime-source bpf and auto take the next source"),
+fn bpf(tried: Option<Result<(), NoBpf>>) -> Finding {
+    let says = match tried {
+        Some(Ok(())) => {
+            "guest time can be had to a microsecond, for some 0.2 us an exit (--gtime-source bpf)".to_owned()
+        }
+        Some(Err(why)) => format!("not here: {why}; --gtime-source bpf and auto take the next source"),
+        None => "not tried beside the microVM, which that would disturb: do so without --api-sock".to_owned(),
     };
     ok("bpf", says)
+}
+
+/// What is used of `GET /host`.
+#[derive(Deserialize)]
+struct Answer {
+    disturbances: Vec<Noticed>,
+}
+
+/// A disturbance, as the microVM's process noticed it.
+#[derive(Deserialize)]
+struct Noticed {
+    kind: String,
+    vcpu: Option<u32>,
+    says: String,
+}
+
+/// What disturbs the microVM on the socket `path`, as its own process sees it.
+fn microvm(path: &Path) -> Result<Vec<Finding>> {
+    let answer = Client::connect(path)?
+        .get("/host")
+        .with_context(|| path.display().to_string())?;
+    let answer: Answer = serde_json::from_slice(&answer)
+        .with_context(|| format!("{}: what answers GET /host is not chronovisor", path.display()))?;
+    Ok(noticed(answer, path))
+}
+
+fn noticed(answer: Answer, path: &Path) -> Vec<Finding> {
+    if answer.disturbances.is_empty() {
+        return vec![ok("microVM", format!("{}: nothing disturbs it", path.display()))];
+    }
+    let finding = |Noticed { kind, vcpu, says }| {
+        let whose = vcpu.map_or_else(|| "the microVM".to_owned(), |index| format!("vCPU {index}"));
+        Finding {
+            what: subject(&kind),
+            verdict: Verdict::Warning,
+            says: format!("{whose}: {says}"),
+            // Its line ends in what to do.
+            advice: None,
+        }
+    };
+    answer.disturbances.into_iter().map(finding).collect()
 }
 
 fn huge_pages(host: &Host) -> Option<Finding> {
@@ -284,7 +341,7 @@ mod tests {
 
     #[test]
     fn a_good_host_needs_no_advice() {
-        let findings = judge(&good(), None, &[]);
+        let findings = judge(&good(), Some(Ok(())), &[]);
         assert!(
             findings.iter().all(|f| f.verdict == Verdict::Ok && f.advice.is_none()),
             "{}",
@@ -295,9 +352,9 @@ mod tests {
 
     #[test]
     fn why_bpf_cannot_be_had_is_said_and_held_against_nobody() {
-        let finding = bpf(Some("the tracepoints are silent"));
+        let finding = bpf(Some(Err(NoBpf::Silent)));
         assert!(
-            finding.says.contains("not here: the tracepoints are silent"),
+            finding.says.contains("not here: KVM's tracepoints stay silent"),
             "{finding:?}"
         );
         assert_eq!(finding.verdict, Verdict::Ok);
@@ -345,7 +402,7 @@ mod tests {
         for (spoil, what, verdict, says) in table {
             let mut host = good();
             spoil(&mut host);
-            let findings = judge(&host, None, &[]);
+            let findings = judge(&host, Some(Ok(())), &[]);
             let finding = findings.iter().find(|finding| finding.what == what).unwrap();
             assert_eq!(finding.verdict, verdict, "{finding:?}");
             let said = format!("{} {}", finding.says, finding.advice.as_deref().unwrap_or_default());
@@ -363,7 +420,7 @@ mod tests {
                 period_us: 2,
             },
         ];
-        let text = text(&judge(&good(), None, &found));
+        let text = text(&judge(&good(), Some(Ok(())), &found));
         for line in [
             "warning limits     CPU time of the process is limited to 60 s",
             "ulimit -t unlimited",
@@ -371,5 +428,21 @@ mod tests {
         ] {
             assert!(text.contains(line), "{text}");
         }
+    }
+
+    #[test]
+    fn what_a_microvm_says_of_itself_is_said_with_whose_it_is() {
+        let path = Path::new("/run/api");
+        let of = |json: &str| text(&noticed(serde_json::from_str(json).unwrap(), path));
+        let found = of(
+            r#"{"tick_ns": 1, "disturbances": [{"kind": "rlimit_cpu", "says": "60 s; lift it"},
+            {"kind": "second_task", "vcpu": 1, "says": "another task; move it"}]}"#,
+        );
+        assert_eq!(
+            found,
+            "warning limits     the microVM: 60 s; lift it\nwarning neighbour  vCPU 1: another task; move it\n"
+        );
+        let none = of(r#"{"disturbances": []}"#);
+        assert_eq!(none, "ok      microVM    /run/api: nothing disturbs it\n");
     }
 }

@@ -198,6 +198,9 @@ pub struct Times {
 /// `chronovisor check`.
 #[derive(Args, Debug)]
 pub struct Check {
+    /// Also say what disturbs the vCPUs of the microVM that serves its API on this socket
+    #[arg(long, value_name = "PATH")]
+    pub api_sock: Option<PathBuf>,
     /// As JSON
     #[arg(long)]
     pub json: bool,
@@ -429,6 +432,7 @@ mod tests {
             ("chronovisor --api-listen here", "--api-listen"),
             ("chronovisor --seccomp-filter f", "--seccomp-filter"),
             ("chronovisor times --count 2", "--watch"),
+            ("chronovisor run --kernel k --gtime-source tsc", "--gtime-source"),
             ("chronovisor frobnicate", "frobnicate"),
         ];
         for (line, names) in table {

@@ -1,4 +1,4 @@
-//! A client of the API, for `chronovisor times`: GET over a unix socket that is kept open between requests.
+//! A client of the API, for `chronovisor times` and `check`: GET over a unix socket that is kept open between requests.
 //!
 //! It speaks to this program's own server, which always announces a body's length: chunked answers are not understood.
 
@@ -23,6 +23,12 @@ pub enum ClientError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// No answer came in time.
+    #[error("GET {path} was not answered in {} s: is the microVM's process stopped?", PATIENCE.as_secs())]
+    Silent {
+        /// What was asked for.
+        path: String,
     },
     /// The connection broke, as it does when the microVM ends.
     #[error("the connection to the microVM broke: {0}")]
@@ -71,6 +77,16 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn get(&mut self, path: &str) -> Result<Vec<u8>, ClientError> {
+        self.ask(path).map_err(|error| match error {
+            // What a socket's timeout is (socket(7), SO_RCVTIMEO).
+            ClientError::Broken(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                ClientError::Silent { path: path.to_owned() }
+            }
+            error => error,
+        })
+    }
+
+    fn ask(&mut self, path: &str) -> Result<Vec<u8>, ClientError> {
         write!(self.stream.get_mut(), "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
         let status = status(&self.line()?)?;
         let mut length = None;

@@ -72,7 +72,7 @@ impl Source<'_> {
     /// `GET /vcpus`. A connection that the server closed, as it does with idle ones, is made again.
     fn read(&mut self) -> Result<Vec<u8>, ClientError> {
         match self.client.get("/vcpus") {
-            Err(ClientError::Broken(error)) if !matches!(error.kind(), io::ErrorKind::WouldBlock) => {
+            Err(ClientError::Broken(_)) => {
                 self.client = Client::connect(self.path)?;
                 self.client.get("/vcpus")
             }

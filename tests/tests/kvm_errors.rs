@@ -111,6 +111,27 @@ fn a_socket_path_that_cannot_be_is_refused_and_what_is_there_is_left_alone() {
 }
 
 #[test]
+fn a_socket_that_no_microvm_answers_on_is_named_by_check() {
+    require_bed!(kvm);
+    let folder = Folder::new();
+    let missing = folder.join("missing").display().to_string();
+    fails(
+        &["check", "--api-sock", &missing],
+        1,
+        &[&missing, "nobody serves the API there"],
+    );
+    let socket = folder.join("silent");
+    let listener = UnixListener::bind(&socket).expect("a socket");
+    let silent = socket.display().to_string();
+    fails(
+        &["check", "--api-sock", &silent],
+        1,
+        &[&silent, "GET /host was not answered in 5 s"],
+    );
+    drop(listener);
+}
+
+#[test]
 fn what_fails_after_the_socket_is_there_takes_it_away_again() {
     require_bed!(kvm);
     let folder = Folder::new();

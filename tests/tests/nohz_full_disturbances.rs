@@ -201,6 +201,69 @@ fn await_disturbance(vm: &Vm, kind: &str) -> String {
     }
 }
 
+/// What `chronovisor check` says of the microVM.
+fn check(vm: &Vm, flags: &[&str]) -> String {
+    let socket = vm.socket().display().to_string();
+    let arguments = ["check", "--api-sock", &socket];
+    let (status, stdout, stderr) = Process::chronovisor(arguments.iter().chain(flags)).wait();
+    assert_eq!((status.code(), &*stderr), (Some(0), ""), "{stdout}");
+    stdout
+}
+
+#[test]
+fn what_disturbs_a_microvm_is_named_by_check_from_its_socket() {
+    require_bed!(nohz_full);
+    let mut vm = Vm::flat(&Program::spin_forever(), ["--pin", "1"]);
+    vm.wait_until("the tick is seen to be stopped", |vm| {
+        vm.reading().host_cpu.tick_stopped == Some(true)
+    });
+    let alone = check(&vm, &[]);
+    assert!(
+        alone.contains("nothing disturbs it") && !alone.contains("warning"),
+        "{alone}"
+    );
+    let done = AtomicBool::new(false);
+    let named = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            run_on(&CpuSet::from([CPU])).expect("the CPU is there");
+            while !done.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        let _done = SetWhenDropped(&done);
+        await_disturbance(&vm, "second_task");
+        check(&vm, &["--json"])
+    });
+    let named: Value = serde_json::from_str(&named).expect("JSON");
+    let findings = named["findings"].as_array().expect("a list");
+    let neighbour = findings.iter().find(|finding| finding["what"] == "neighbour");
+    let neighbour = neighbour.unwrap_or_else(|| panic!("{named}"));
+    assert_eq!(neighbour["verdict"], "warning");
+    let says = neighbour["says"].as_str().expect("a line");
+    assert!(says.starts_with("vCPU 0: another task runs on CPU 1"), "{says}");
+}
+
+#[test]
+fn to_ask_for_the_host_disturbs_no_vcpu() {
+    require_bed!(nohz_full);
+    let mut vm = Vm::flat(&Program::spin_forever(), ["--pin", "1"]);
+    vm.wait_until("the tick is seen to be stopped", |vm| {
+        vm.reading().host_cpu.tick_stopped == Some(true)
+    });
+    let calls = || interrupts::count("CAL", CPU) + interrupts::count("TLB", CPU);
+    // The first asks for what is read once.
+    for what in ["first", "second"] {
+        let before = calls();
+        let host = vm.ask("GET", "/host", None).body;
+        let calls = calls() - before;
+        println!("{what}: {calls} function calls on CPU {CPU}");
+        // A trial guest in the vCPU's process sent it 10 here, and BPF programs that are attached and detached 62. The
+        // kernel's own business may send one or two.
+        assert!(calls < 5, "{what}: {calls}");
+        assert_eq!(host["kvm"]["runs_stock_kernels"], true, "{host}");
+    }
+}
+
 #[test]
 fn a_tick_that_runs_for_a_reason_that_cannot_be_seen_is_seen_itself() {
     require_bed!(nohz_full);
@@ -236,6 +299,12 @@ fn a_vcpu_moved_from_outside_is_named_over_the_api_and_its_readings_claim_less()
     assert_eq!(
         later.gtime_bounds_ns.lower, moved.gtime_bounds_ns.lower,
         "nothing more is proved"
+    );
+    let check = check(&vm, &[]);
+    let line = format!("warning affinity   vCPU 0: thread {tid}, pinned to CPU 1, was moved from outside to CPUs 0");
+    assert!(
+        check.contains(&line) && check.contains("start the microVM again"),
+        "{check}"
     );
     let explained = vm.ask("GET", "/vcpus/0/cputime?explain=1", None).body;
     let why = explained["explain"]["sources"][1]["unavailable"].as_str();
