@@ -86,3 +86,61 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| Fault(format!("The host could not be looked at: {error}.")))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+    use std::time::Instant;
+
+    use accounting::reading::Histograms;
+    use accounting::{Explained, Reading};
+    use vmm::{Action, RunState};
+
+    use super::*;
+    use crate::backend::fake::Fake;
+    use crate::backend::{Answer, Backend};
+
+    /// Notes when vCPU 0 is looked at.
+    struct Watched(Fake, Mutex<Vec<Instant>>);
+
+    impl Backend for Watched {
+        fn send(&self, action: Action, answer: Answer) {
+            self.0.send(action, answer);
+        }
+        fn vcpus(&self) -> usize {
+            self.0.vcpus()
+        }
+        fn read(&self, index: usize) -> Option<Reading> {
+            self.0.read(index)
+        }
+        fn explain(&self, index: usize) -> Option<Explained> {
+            self.0.explain(index)
+        }
+        fn histograms(&self, index: usize) -> Option<Histograms> {
+            self.0.histograms(index)
+        }
+        fn disturbances(&self, index: usize) -> Vec<Disturbance> {
+            if index == 0 {
+                self.1.lock().unwrap().push(Instant::now());
+            }
+            self.0.disturbances(index)
+        }
+    }
+
+    #[tokio::test]
+    async fn two_who_ask_at_once_do_not_cut_each_others_looks_short() {
+        let backend = Arc::new(Watched(Fake::new(RunState::Running), Mutex::default()));
+        let shared = Shared::new(backend.clone(), || {});
+        let ask = || get(State(shared.clone()));
+        let (one, two) = tokio::join!(ask(), ask());
+        assert!(one.is_ok() && two.is_ok(), "{one:?} {two:?}");
+        let looks = backend.1.lock().unwrap().clone();
+        let apart: Vec<_> = looks.chunks(2).map(|pair| pair[1] - pair[0]).collect();
+        // A sleep is no shorter than it was asked to be.
+        let wait = Duration::from_nanos(TICKS * accounting::host::tick_ns());
+        assert!(
+            apart.len() == 2 && apart.iter().all(|&apart| apart >= wait),
+            "{apart:?}"
+        );
+    }
+}
