@@ -6,7 +6,6 @@
 
 pub mod bed;
 pub mod client;
-pub mod clock;
 pub mod failure;
 pub mod flat;
 pub mod interrupts;

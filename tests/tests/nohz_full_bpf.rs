@@ -9,10 +9,9 @@ use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use accounting::clock::ticks;
+use accounting::clock::{monotonic_ns, ticks};
 use accounting::probe::bpf::{Meter, Tracked};
 use accounting::probe::{ThreadClock, Which, parse_stat};
-use rustix::time::{ClockId, clock_gettime};
 use tests::flat::{Event, Guest, Program};
 use tests::require_bed;
 use tests::trace::{self, Trace};
@@ -20,12 +19,6 @@ use tests::vm::PATIENCE;
 
 /// The isolated CPU: `nohz_full=1,2 isolcpus=1,2`.
 const CPU: u32 = 1;
-
-/// The clock that BPF's stamps are of.
-fn monotonic_ns() -> u64 {
-    let t = clock_gettime(ClockId::Monotonic);
-    t.tv_sec.unsigned_abs() * 1_000_000_000 + t.tv_nsec.unsigned_abs()
-}
 
 fn held(program: &Program) -> (Guest, i32) {
     let guest = Guest::new(program, Some(CPU)).unwrap_or_else(|error| panic!("{error:#}"));
@@ -37,7 +30,7 @@ fn until_done(guest: &Guest) {
     while guest.next() != Event::Done {}
 }
 
-/// Both clocks at once: ticks, nanoseconds, and by how many ticks the two may be apart.
+/// Both clocks at once: ticks, nanoseconds of the clock that BPF's stamps are of, and by how many ticks the two may be apart.
 fn both_clocks() -> (u64, u64, u64) {
     let pair = |()| {
         let (before, ns, after) = (ticks(), monotonic_ns(), ticks());

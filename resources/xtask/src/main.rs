@@ -14,6 +14,7 @@ mod host;
 mod instructions;
 mod layout;
 mod libtest;
+mod machine;
 mod process;
 mod progress;
 mod setup;

@@ -13,11 +13,11 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom, stdout};
 use std::os::unix::fs::FileExt;
 
+use accounting::clock::monotonic_raw_ns;
 use anyhow::{Context, Result, bail};
 use kvm_ioctls::{Kvm, VcpuExit};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use rustix::thread::{CpuSet, sched_setaffinity};
-use tests::clock::raw_ns;
 use vcpu::setup::{self, Topology};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vm_superio::{Serial, Trigger};
@@ -58,7 +58,7 @@ fn main() -> Result<()> {
     only.set(cpu.parse()?);
     sched_setaffinity(None, &only)?;
 
-    eprintln!("{}", raw_ns());
+    eprintln!("{}", monotonic_raw_ns());
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(port @ COM1_PORT..=COM1_LAST, &[byte])) => {

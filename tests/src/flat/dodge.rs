@@ -4,9 +4,10 @@
 //! the whole tick to it (Tsafrir, Etsion and Feitelson, "Secretly Monopolizing the CPU Without Superuser Privileges",
 //! USENIX Security 2007). Who sleeps across each tick is never seen.
 
+use accounting::clock::monotonic_ns;
 use accounting::host::tick_ns;
 use rustix::thread::clock_nanosleep_absolute;
-use rustix::time::{ClockId, Timespec, clock_gettime};
+use rustix::time::{ClockId, Timespec};
 
 /// How long after a tick the guest is woken: the tick's own handling, and that of what it wakes, is over by then.
 const AFTER_NS: u64 = 100_000;
@@ -63,11 +64,6 @@ impl Dodge {
         }
         self.began_ns = Some(now);
     }
-}
-
-fn monotonic_ns() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
 fn sleep_until(ns: u64) {

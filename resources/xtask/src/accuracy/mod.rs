@@ -15,6 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::layout::Layout;
+use crate::machine::Machine;
 use crate::process::follow;
 use crate::{bed, build, debian, setup};
 use row::{Place, Row};
@@ -62,7 +63,7 @@ pub fn accuracy(layout: &Layout) -> Result<()> {
     let docs = layout.root.join("docs");
     fs::create_dir_all(&docs).with_context(|| format!("cannot make {}", docs.display()))?;
     for (name, content) in [
-        ("accuracy.md", table::render(&rows, &Machine::this()?)),
+        ("accuracy.md", table::render(&rows, &Machine::look())),
         ("accuracy.svg", plot::render(&rows)),
     ] {
         let path = docs.join(name);
@@ -84,29 +85,5 @@ fn take(line: &str, place: Place, rows: &mut Vec<Row>, other: &mut Vec<String>) 
             println!("{line}");
             other.push(line.to_owned());
         }
-    }
-}
-
-/// Where and when.
-struct Machine {
-    processor: String,
-    cpus: usize,
-    kernel: String,
-    date: String,
-}
-
-impl Machine {
-    fn this() -> Result<Self> {
-        let cpuinfo = fs::read_to_string("/proc/cpuinfo").context("cannot read /proc/cpuinfo")?;
-        let models = cpuinfo.lines().filter_map(|line| line.strip_prefix("model name"));
-        let models: Vec<&str> = models.map(|rest| rest.trim_start_matches([' ', '\t', ':'])).collect();
-        let date = Command::new("date").args(["--utc", "+%Y-%m-%d"]).output();
-        let date = date.context("cannot run date")?.stdout;
-        Ok(Self {
-            processor: models.first().copied().unwrap_or("unknown").to_owned(),
-            cpus: models.len(),
-            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
-            date: String::from_utf8_lossy(&date).trim().to_owned(),
-        })
     }
 }

@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use super::Machine;
 use super::row::{Measured, Row, ms, percent};
+use crate::machine::Machine;
 
 const WHAT: &str = "\
 ![How far each figure is from the truth](accuracy.svg)
@@ -39,15 +39,10 @@ each tick of the host, and burns for 3 of the 4 ms between.
 
 /// The whole document.
 pub fn render(rows: &[Row], machine: &Machine) -> String {
-    let Machine {
-        processor,
-        cpus,
-        kernel,
-        date,
-    } = machine;
+    let Machine { date, cpus, kernel } = machine;
     let mut text = format!(
         "# Accuracy\n\nGuest time as each way of telling it has it, beside what the guest itself knows. Written by `cargo xtask accuracy` \
-         on {date}, on {cpus} x {processor}, Linux {kernel}.\n\n{WHAT}\n"
+         on {date}, on {cpus}, Linux {kernel}.\n\n{WHAT}\n"
     );
     text += "| where | workload | guest, ms | trace, ms | entries and exits, ms | /proc gtime, ms | error | /proc/stat, ms | source | \
              point, ms | error | lower, ms | upper, ms | truth inside |\n\

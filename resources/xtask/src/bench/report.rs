@@ -3,13 +3,13 @@
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::{Row, Table};
 use crate::layout::Layout;
+use crate::machine::Machine;
 
 /// bench.json.
 #[derive(Serialize)]
@@ -43,40 +43,6 @@ fn put(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     println!("{}", path.display());
     Ok(())
-}
-
-/// What a figure depends on, beside the program.
-struct Machine {
-    date: String,
-    cpus: String,
-    kernel: String,
-}
-
-impl Machine {
-    fn look() -> Self {
-        let first_line = |text: String| text.lines().next().unwrap_or_default().trim().to_owned();
-        let model = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let field = |name: &str| {
-            let mut lines = model.lines().filter_map(|line| line.split_once(':'));
-            lines.find_map(|(key, value)| (key.trim() == name).then(|| value.trim().to_owned()))
-        };
-        // The kernel sets the bit aside for hypervisors to say that they are there.
-        let is_guest = field("flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor"));
-        let count = std::thread::available_parallelism().map_or(1, usize::from);
-        let kind = if is_guest { "a virtual machine" } else { "hardware" };
-        let date = Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]).output();
-        Self {
-            date: date.map_or_else(
-                |_| "at an unknown time".to_owned(),
-                |output| first_line(String::from_utf8_lossy(&output.stdout).into_owned()),
-            ),
-            cpus: format!("{count} CPUs ({}), {kind}", field("model name").unwrap_or_default()),
-            // Without what a distribution put behind it.
-            kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
-                .map(|release| release.trim().split('-').next().unwrap_or_default().to_owned())
-                .unwrap_or_default(),
-        }
-    }
 }
 
 fn markdown(table: &Table, machine: &Machine) -> Result<String> {

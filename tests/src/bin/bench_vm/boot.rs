@@ -14,11 +14,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use accounting::Reading;
+use accounting::clock::monotonic_raw_ns;
 use accounting::host::HostCpus;
 use anyhow::{Context, Result, ensure};
 use tests::bed::Folder;
 use tests::client;
-use tests::clock::raw_ns;
 use tests::row;
 use tests::vm::{PATIENCE, Process, debian_arguments};
 
@@ -105,7 +105,7 @@ struct Guest {
 impl Guest {
     fn launch(command: Command) -> Self {
         std::thread::sleep(SETTLE);
-        let begun = raw_ns();
+        let begun = monotonic_raw_ns();
         Self {
             process: Process::spawn(command),
             begun,
@@ -119,7 +119,7 @@ impl Guest {
 
     fn boot_ms(&mut self) -> f64 {
         self.process.wait_for(INIT);
-        self.ms_until(raw_ns())
+        self.ms_until(monotonic_raw_ns())
     }
 }
 
@@ -146,13 +146,13 @@ impl Ours {
     }
 
     fn start_ms(self) -> Result<f64> {
-        let begun = raw_ns();
+        let begun = monotonic_raw_ns();
         loop {
             std::thread::sleep(POLL);
             if let Some(at) = first_run(&self.socket)? {
                 return Ok(self.guest.ms_until(at));
             }
-            let waited = Duration::from_nanos(raw_ns() - begun);
+            let waited = Duration::from_nanos(monotonic_raw_ns() - begun);
             ensure!(
                 waited < PATIENCE,
                 "the guest never ran: {}",
