@@ -12,9 +12,12 @@ use std::os::unix::thread::JoinHandleExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use accounting::clock::ticks;
 use accounting::vtime::{ExitReason, Histograms, Snapshot, State, VtimeReader, vtime};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::pipe::pipe;
 
 /// What a held thread says as it stops, and what it waits for, each a byte in a pipe.
@@ -32,6 +35,10 @@ struct Pipes {
 
 const HOLDS: usize = 500;
 const EXITS: usize = 50;
+
+/// How long is waited for a thread to stop, and how often: together a guard, far above what the slowest machine needs.
+const POLL: Duration = Duration::from_millis(100);
+const POLLS: usize = 600;
 
 extern "C" fn stay(_: libc::c_int) {
     let mut byte = 0u8;
@@ -61,11 +68,25 @@ impl Pipes {
         })
     }
 
+    /// Waits until `thread` says that it is held: one that has failed has nothing to say.
+    fn await_stop(&mut self, thread: &JoinHandle<()>) {
+        let timeout = Timespec::try_from(POLL).expect("it is short");
+        for _ in 0..POLLS {
+            let mut stopped = [PollFd::new(&self.stopped, PollFlags::IN)];
+            match poll(&mut stopped, Some(&timeout)) {
+                Ok(0) => assert!(!thread.is_finished(), "the thread has failed: its own message says how"),
+                Ok(_) => return self.stopped.read_exact(&mut [0]).expect("a byte is there"),
+                Err(error) => assert_eq!(error, Errno::INTR),
+            }
+        }
+        panic!("the thread neither ended nor got its signal");
+    }
+
     /// Does `work` while `thread` is held.
     fn while_held(&mut self, thread: &JoinHandle<()>, work: impl FnOnce()) {
         // SAFETY: the thread is not joined yet, so its handle is good.
         assert_eq!(unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGUSR1) }, 0);
-        self.stopped.read_exact(&mut [0]).expect("it says so");
+        self.await_stop(thread);
         work();
         self.go_on.write_all(&[0]).expect("it waits");
     }

@@ -9,6 +9,15 @@ use accounting::host::HostCpus;
 use accounting::vtime::ExitReason;
 use accounting::{Account, Gtime, Open, laws};
 
+/// How the vCPU threads are told to end, on the way out of a failure too: else the test would never end.
+struct SetWhenDropped<'a>(&'a AtomicBool);
+
+impl Drop for SetWhenDropped<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 #[test]
 fn thirty_two_vcpus_are_read_lawfully_at_once() {
     const VCPUS: u32 = 32;
@@ -16,6 +25,7 @@ fn thirty_two_vcpus_are_read_lawfully_at_once() {
     let (tell, told) = channel();
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
+        let _done = SetWhenDropped(&done);
         for index in 0..VCPUS {
             let (tell, host, done) = (tell.clone(), Arc::clone(&host), &done);
             scope.spawn(move || {
@@ -28,6 +38,7 @@ fn thirty_two_vcpus_are_read_lawfully_at_once() {
                 };
                 let (mut writer, account) = Account::open(open).expect("own probes");
                 tell.send(Arc::clone(&account)).expect("the test listens");
+                drop(tell);
                 writer.resume();
                 writer.guest_enter(None);
                 while !done.load(Ordering::Relaxed) {
@@ -39,7 +50,10 @@ fn thirty_two_vcpus_are_read_lawfully_at_once() {
                 account.close(writer);
             });
         }
-        let accounts: Vec<_> = told.iter().take(VCPUS as usize).collect();
+        // Nobody has an end to tell by any more, once each has told or failed.
+        drop(tell);
+        let accounts: Vec<_> = told.iter().collect();
+        assert_eq!(accounts.len(), VCPUS as usize);
         let mut last: Vec<_> = accounts.iter().map(|account| account.read()).collect();
         for _ in 0..50 {
             for (account, last) in accounts.iter().zip(&mut last) {
@@ -50,6 +64,5 @@ fn thirty_two_vcpus_are_read_lawfully_at_once() {
                 *last = reading;
             }
         }
-        done.store(true, Ordering::Relaxed);
     });
 }

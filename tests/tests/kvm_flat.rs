@@ -13,6 +13,7 @@ use accounting::host::HostCpus;
 use accounting::reading::{Reading, Source, VcpuState};
 use accounting::{Account, Gtime, laws};
 use tests::flat::{Event, Guest, Machine, Program, Report};
+use tests::over::SetWhenDropped;
 use tests::require_bed;
 use tests::vm::PATIENCE;
 use vcpu::{ExitHandler, Vcpu, VcpuConfig, VcpuEnd};
@@ -258,6 +259,7 @@ fn every_reading_sums_and_none_steps_back_whatever_happens_to_the_guest() {
             }
         };
         scope(|scope| {
+            let _over = SetWhenDropped(&over);
             scope.spawn(reader);
             scope.spawn(reader);
             for i in 0..40 {
@@ -266,7 +268,6 @@ fn every_reading_sums_and_none_steps_back_whatever_happens_to_the_guest() {
                 sleep(Duration::from_millis(i % 3));
                 guest.vcpu.resume();
             }
-            over.store(true, Ordering::Relaxed);
         });
     }
 }
