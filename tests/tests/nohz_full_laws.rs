@@ -100,10 +100,18 @@ impl StepsBack {
     }
 }
 
-/// How far bounds are apart, in nanoseconds.
-struct Widths {
-    of_99_in_100: u64,
-    widest: u64,
+/// How far the bounds of each reading are apart, in nanoseconds, in order.
+struct Widths(Vec<u64>);
+
+impl Widths {
+    /// So many in a thousand are no wider.
+    fn at(&self, per_mille: usize) -> u64 {
+        self.0[(self.0.len() - 1) * per_mille / 1000]
+    }
+
+    fn above(&self, limit_ns: u64) -> usize {
+        self.0.len() - self.0.partition_point(|&width| width <= limit_ns)
+    }
 }
 
 fn no_law_is_broken(source: Source, readings: u32) -> Widths {
@@ -125,16 +133,16 @@ fn no_law_is_broken(source: Source, readings: u32) -> Widths {
     let [one, other] = seen;
     let mut widths_ns = [one.widths_ns, other.widths_ns].concat();
     widths_ns.sort_unstable();
-    let at = |per_mille: usize| widths_ns[(widths_ns.len() - 1) * per_mille / 1000];
-    let widest_ns = at(1000);
+    let widths = Widths(widths_ns);
     println!(
-        "source {}: {readings} readings in {:.1} s over {} exits: {} broke a law; bounds {} ns apart as a rule, {} in 99 of 100, {widest_ns} at most",
+        "source {}: {readings} readings in {:.1} s over {} exits: {} broke a law; bounds {} ns apart as a rule, {} in 99 of 100, {} at most",
         source.name(),
         begun.elapsed().as_secs_f64(),
         last.exits.total,
         one.broken.len() + other.broken.len(),
-        at(500),
-        at(990),
+        widths.at(500),
+        widths.at(990),
+        widths.at(1000),
     );
     println!(
         "the kernel's own figures in {} reads of the same run: raw VIRT stepped back {} times, PROF {}, /proc gtime {}, SCHED {}",
@@ -147,10 +155,7 @@ fn no_law_is_broken(source: Source, readings: u32) -> Widths {
         broken.len(),
         broken[0]
     );
-    Widths {
-        of_99_in_100: at(990),
-        widest: widest_ns,
-    }
+    widths
 }
 
 #[test]
@@ -158,16 +163,27 @@ fn no_law_is_broken_in_half_a_million_readings_of_an_exit_storm_by_vtime_and_the
     require_bed!(nohz_full);
     let widths = no_law_is_broken(Source::Vtime, 500_000);
     let limit_ns = 2 * tick_ns() + STAT_UNIT_NS;
-    assert!(widths.widest <= limit_ns, "{} ns of {limit_ns} ns", widths.widest);
+    assert!(widths.at(1000) <= limit_ns, "{} ns of {limit_ns} ns", widths.at(1000));
 }
 
 #[test]
 fn no_law_is_broken_in_readings_of_an_exit_storm_by_bpf() {
+    const LIMIT_NS: u64 = 20_000;
     require_bed!(nohz_full);
     let widths = no_law_is_broken(Source::Bpf, 100_000);
-    // Not the widest: three threads read at full speed on two CPUs, so now and then one is held up in mid-reading, and what
-    // the guest did meanwhile is not known to it.
-    assert!(widths.of_99_in_100 < 20_000, "{} ns", widths.of_99_in_100);
+    let wide = widths.above(LIMIT_NS);
+    println!(
+        "bounds of {wide} of {} readings were more than {} us apart: 1 in {}",
+        widths.0.len(),
+        LIMIT_NS / 1_000,
+        widths.0.len() / wide.max(1)
+    );
+    // Not the widest: some 1 in 1,000 is as wide as something was held up, up to a tick or so, and it was the vCPU. In each of
+    // them the stamps by themselves, `Explained`'s claim, were less than 1 us apart, but what had been published lay behind
+    // them: an emulated CPU that stands still between a stamp's read of the clock and its publication is outside of the
+    // guest to whoever reads meanwhile, and has been inside all along when it goes on. What was published of other modes is
+    // not taken back, so guest time, and the lower end with it, catches up as fast as time passes that is not the guest's.
+    assert!(widths.at(990) < LIMIT_NS, "{} ns", widths.at(990));
 }
 
 /// Interrupts of the vCPU's CPU meanwhile: of its timer, and function calls from other CPUs.
@@ -187,7 +203,9 @@ fn reading_at_full_speed_restarts_no_tick_and_interrupts_nobody() {
         let gtime = Gtime::prepare(GtimeSource::From(source));
         let guest = Guest::by(&Program::spin_forever(), Some(CPU), gtime).unwrap_or_else(|error| panic!("{error:#}"));
         guest.vcpu.resume();
+        let begun = Instant::now();
         while guest.read().modes.guest_ns < 200_000_000 {
+            assert!(begun.elapsed() < PATIENCE, "it does not run: {:#?}", guest.read());
             sleep(Duration::from_millis(10));
         }
         let idle = interrupts_during(|| sleep(SPAN));
