@@ -1,11 +1,14 @@
 //! What readings are judged by: guests that burn a known time, each in its own way, and what they say of it.
 
+use accounting::host::HostCpus;
+use accounting::reading::{Bounds, Source};
 use accounting::{Gtime, GtimeSource};
 use anyhow::{Result, bail, ensure};
 
-use crate::flat::{Between, Dodged, Event, Guest, Mark, Program, Report};
+use crate::flat::{Between, Dodged, Event, Figure, Guest, Mark, Program, Report};
 use crate::kernel::Kernel;
-use crate::trace::{self, Trace};
+use crate::trace::Trace;
+use crate::trace::kernel::{Recording, Stay, between, guest_ticks_until};
 
 /// Guests of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,12 +59,12 @@ pub const SHARED: Workload = Workload {
     ..SPIN
 };
 
-/// Sleeps across each tick of the host, and burns three quarters of what is between.
+/// Sleeps across each tick of the host, and burns most of the 4 ms between, so that its exits are few for what it burns.
 pub const DODGER: Workload = Workload {
     name: "tick dodger",
     guests: 1,
     between: Between::Dodge,
-    slice_us: 3_000,
+    slice_us: 3_400,
     slices: 300,
 };
 
@@ -85,10 +88,19 @@ pub struct Burned {
     pub told: Mark,
     /// Wall time in `KVM_RUN`, by the host's TSC, beyond the two: what entering and leaving the guest took.
     pub exits_ns: u64,
-    /// Guest time by KVM's tracepoints, stamped by the TSC, where somebody traced them.
-    pub trace_ns: Option<u64>,
+    /// What the kernel's tracer saw, where somebody asked it and it spoke.
+    pub traced: Option<Traced>,
     /// How it dodged the host's ticks, if it did.
     pub dodged: Dodged,
+}
+
+/// Guest time since the guest was ready, in nanoseconds: not less than, not more than.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traced {
+    /// Between KVM's tracepoints, where `bpf` stamps.
+    pub kvm: Bounds,
+    /// Between the turns of the kernel's own accounting, on a CPU where it stamps.
+    pub kernel: Option<Bounds>,
 }
 
 impl Burned {
@@ -104,6 +116,96 @@ impl Burned {
         let on_cpu = self.counted(|kernel| kernel.sched_ns);
         (self.burned_ns + self.lost_ns).min(on_cpu).max(self.burned_ns)
     }
+
+    /// What the guest itself says that it burned.
+    #[must_use]
+    pub fn own(&self) -> Bounds {
+        Bounds {
+            lower: self.burned_ns,
+            upper: self.most_ns(),
+        }
+    }
+
+    /// The true guest time that `source` is to tell: by stamps at that source's own turns where there are any, by KVM's
+    /// where there are only those, else what the guest says.
+    #[must_use]
+    pub fn truth(&self, source: Source) -> Bounds {
+        match (self.traced, source) {
+            (None, _) => self.own(),
+            (Some(traced), Source::Bpf) => traced.kvm,
+            (Some(traced), Source::Vtime | Source::Oncpu) => traced.kernel.unwrap_or(traced.kvm),
+        }
+    }
+
+    /// What each source says of the time since the guest was ready: of what it had burned before, a reading at that instant
+    /// knows no more than its bounds.
+    #[must_use]
+    pub fn grown(&self) -> Vec<Figure> {
+        let pairs = self.ready.figures.iter().zip(&self.told.figures);
+        pairs
+            .map(|(before, told)| {
+                assert_eq!(before.source, told.source, "a source came or went: {self:#?}");
+                Figure {
+                    source: told.source,
+                    point: told.point.saturating_sub(before.point),
+                    lower: told.lower.saturating_sub(before.upper),
+                    upper: told.upper - before.lower,
+                }
+            })
+            .collect()
+    }
+}
+
+/// The recordings of one run.
+///
+/// A tracepoint runs its probes in the order in which they were registered: one recording that is begun before the BPF
+/// programs are attached, and one after, have their stamps between theirs.
+#[derive(Default)]
+struct Recordings {
+    before: Option<Trace>,
+    after: Option<Trace>,
+    kernel: Option<Recording>,
+}
+
+impl Recordings {
+    /// What was recorded from `ready` to `told`, of the thread whose marks they are. `None` where the tracepoints stay silent, as a software
+    /// backend's do.
+    fn of(&self, ready: &Mark, told: &Mark, tsc_khz: u64) -> Result<Option<Traced>> {
+        let tid = told.reading.tid;
+        let (Some(before), Some(after)) = (&self.before, &self.after) else {
+            return Ok(None);
+        };
+        let kvm = between(&before.stop(tid)?, &after.stop(tid)?)?;
+        if kvm.is_empty() {
+            return Ok(None);
+        }
+        let grown = |stays: &[Stay]| -> Result<Bounds> {
+            // Both are in the middle of an exit's handling: the thread is not in the guest.
+            let [from, to] = [ready.tsc, told.tsc].map(|tsc| guest_ticks_until(stays, [tsc, tsc]));
+            let (least, most) = (ns_of(to[0] - from[1], tsc_khz)?, ns_of(to[1] - from[0], tsc_khz)?);
+            // A stamp of the programs is rounded down to a nanosecond, and 2 more a stay are the kernel's
+            // (Documentation/core-api/timekeeping.rst, ktime_get_mono_fast_ns: not quite monotone at an update). KVM tells the
+            // TSC's frequency in whole kHz, and within 0.5 ppm of the readings' clock.
+            let clocks = 3 * stays.len() as u64 + most / 1_000_000 + 1_000;
+            Ok(Bounds {
+                lower: least.saturating_sub(clocks),
+                upper: most + clocks,
+            })
+        };
+        let kernel = match &self.kernel {
+            Some(recording) => Some(grown(&recording.stop(tid)?)?),
+            None => None,
+        };
+        Ok(Some(Traced {
+            kvm: grown(&kvm)?,
+            kernel,
+        }))
+    }
+}
+
+/// `ticks` in nanoseconds.
+fn ns_of(ticks: u64, tsc_khz: u64) -> Result<u64> {
+    Ok(u64::try_from(u128::from(ticks) * 1_000_000 / u128::from(tsc_khz))?)
 }
 
 /// Runs the guests of `workload` at a time, each pinned to `cpu`, and gives what each says.
@@ -111,19 +213,18 @@ impl Burned {
 /// # Errors
 /// What KVM refused, or a guest that does something else than it should.
 pub fn run(workload: &Workload, cpu: u32) -> Result<Vec<Burned>> {
-    run_guests(workload, cpu, &|_| None)
+    run_guests(workload, cpu, false)
 }
 
-/// As [`run`], with KVM's tracepoints recorded where that can be done: it costs each exit some more.
+/// As [`run`], recorded by the kernel's tracer where that can be done: it costs each exit some more.
 ///
 /// # Errors
 /// As [`run`], and a recording that cannot be read.
 pub fn run_traced(workload: &Workload, cpu: u32) -> Result<Vec<Burned>> {
-    // Without root, or without tracefs, there is no trace, and that is that.
-    run_guests(workload, cpu, &|tid| Trace::start(tid).ok())
+    run_guests(workload, cpu, true)
 }
 
-fn run_guests(workload: &Workload, cpu: u32, trace: &dyn Fn(i32) -> Option<Trace>) -> Result<Vec<Burned>> {
+fn run_guests(workload: &Workload, cpu: u32, traced: bool) -> Result<Vec<Burned>> {
     let tsc_khz = u64::from(Guest::new(&Program::spin_forever(), Some(cpu))?.tsc_khz);
     let ticks = |ns: u64| ns * tsc_khz / 1_000_000;
     let program = Program::burn(
@@ -132,53 +233,51 @@ fn run_guests(workload: &Workload, cpu: u32, trace: &dyn Fn(i32) -> Option<Trace
         workload.between,
         ticks(GAP_NS),
     );
+    let mut recordings = Recordings::default();
+    if traced {
+        // Without root, or without tracefs, there is no trace, and that is that.
+        recordings.before = Trace::start_for_children().ok();
+    }
     let gtime = Gtime::prepare(GtimeSource::Auto);
     let guests = (0..workload.guests)
-        .map(|_| {
-            let guest = Guest::by(&program, Some(cpu), gtime.clone())?;
-            let trace = trace(guest.read().tid);
-            Ok((guest, trace))
-        })
+        .map(|_| Guest::by(&program, Some(cpu), gtime.clone()))
         .collect::<Result<Vec<_>>>()?;
-    guests.iter().for_each(|(guest, _)| guest.vcpu.resume());
-    guests
-        .into_iter()
-        .map(|(guest, trace)| burned(&guest, trace, tsc_khz))
+    if recordings.before.is_some() {
+        let tids: Vec<_> = guests.iter().map(|guest| guest.read().tid).collect();
+        recordings.after = Some(Trace::start(&tids)?);
+        if HostCpus::read()?.is_nohz_full(cpu) {
+            recordings.kernel = Some(Recording::start(&tids)?);
+        }
+    }
+    guests.iter().for_each(|guest| guest.vcpu.resume());
+    let told = guests.iter().map(told).collect::<Result<Vec<_>>>()?;
+    told.into_iter()
+        .map(|[burned, lost]| {
+            let Some(ready) = burned.ready else {
+                bail!("a guest reported before it was ready")
+            };
+            Ok(Burned {
+                burned_ns: ns_of(burned.value, tsc_khz)?,
+                lost_ns: ns_of(lost.value, tsc_khz)?,
+                exits_ns: ns_of(burned.in_run.saturating_sub(burned.value + lost.value), tsc_khz)?,
+                traced: recordings.of(&ready, &burned.told, tsc_khz)?,
+                ready,
+                told: burned.told,
+                dodged: burned.dodged,
+            })
+        })
         .collect()
 }
 
-fn burned(guest: &Guest, trace: Option<Trace>, tsc_khz: u64) -> Result<Burned> {
-    let report = || -> Result<Report> {
-        match guest.next() {
-            Event::Report(report) => Ok(*report),
-            event => bail!("a guest should have reported, but: {event:?}"),
-        }
+/// What a guest reports: what it burned, and what it lost.
+fn told(guest: &Guest) -> Result<[Report; 2]> {
+    let report = || match guest.next() {
+        Event::Report(report) => Ok(*report),
+        event => bail!("a guest should have reported, but: {event:?}"),
     };
-    let ns = |ticks: u64| u64::try_from(u128::from(ticks) * 1_000_000 / u128::from(tsc_khz));
-    let (burned, lost) = (report()?, report()?);
+    let reports = [report()?, report()?];
     ensure!(guest.next() == Event::Done, "a guest that has reported is done");
     // It spins now, which is nobody's to measure.
     guest.vcpu.pause();
-    let traced = match trace {
-        Some(trace) => truth_by_trace(&trace.stop()?, burned.told.tsc),
-        None => None,
-    };
-    let Some(ready) = burned.ready else {
-        bail!("a guest reported before it was ready")
-    };
-    Ok(Burned {
-        burned_ns: ns(burned.value)?,
-        lost_ns: ns(lost.value)?,
-        exits_ns: ns(burned.in_run.saturating_sub(burned.value + lost.value))?,
-        trace_ns: traced.map(ns).transpose()?,
-        ready,
-        told: burned.told,
-        dodged: burned.dodged,
-    })
-}
-
-/// Guest time until `told`, in TSC ticks. `None` where the tracepoints stay silent, as a software backend's do.
-fn truth_by_trace(events: &[trace::Event], told: u64) -> Option<u64> {
-    let guest = trace::guest_ticks_until(events, told);
-    (guest > 0).then_some(guest)
+    Ok(reports)
 }

@@ -59,7 +59,7 @@ struct Run {
 /// are attached and one after, each of the programs' stamps lies between the two recordings' stamps of the same event.
 fn run(program: &Program, traced: bool) -> Run {
     let (guest, tid) = held(program);
-    let record = || traced.then(|| Trace::start(tid).expect("tracefs"));
+    let record = || traced.then(|| Trace::start(&[tid]).expect("tracefs"));
     let before = record();
     let meter = Meter::attach().expect("root, and the kvm module is loaded");
     let after = record();
@@ -94,7 +94,7 @@ fn run(program: &Program, traced: bool) -> Run {
     let (Some(before), Some(after)) = (before, after) else {
         return run;
     };
-    let [before, after] = [before, after].map(|recording| recording.stop().expect("the whole trace"));
+    let [before, after] = [before, after].map(|recording| recording.stop(tid).expect("the whole trace"));
     let to_ns = |ticks: u64| {
         let ns = u128::from(ticks) * u128::from(to_ns - from_ns) / u128::from(to_ticks - from_ticks);
         u64::try_from(ns).expect("less than 500 years")

@@ -14,8 +14,8 @@ use accounting::reading::{Bounds, Source};
 use accounting::{Gtime, GtimeSource};
 use tests::flat::{Guest, Program};
 use tests::require_bed;
-use tests::trace::kernel::{Recording, Stay, guest_ticks_until};
-use tests::trace::{Trace, slices};
+use tests::trace::Trace;
+use tests::trace::kernel::{Recording, Stay, between, guest_ticks_until};
 
 /// The isolated CPU: `nohz_full=1,2 isolcpus=1,2`.
 const CPU: u32 = 1;
@@ -44,8 +44,8 @@ impl Run {
         let gtime = Gtime::prepare(GtimeSource::Auto);
         let guest = Guest::by(program, Some(CPU), gtime).unwrap_or_else(|error| panic!("{error:#}"));
         let tid = guest.read().tid;
-        let after = Trace::start(tid).expect("tracefs");
-        let kernel = Recording::start(tid).expect("tracefs, and kprobes");
+        let after = Trace::start(&[tid]).expect("tracefs");
+        let kernel = Recording::start(&[tid]).expect("tracefs, and kprobes");
         let from = Instant::now();
         guest.vcpu.resume();
         let samples = (0..samples).filter_map(|i| {
@@ -59,14 +59,8 @@ impl Run {
         guest.vcpu.pause();
         let to = Instant::now();
         let kernel = kernel.stop(tid).expect("the whole trace");
-        let [before, after] = [before, after].map(|trace| trace.stop_for(tid).expect("the whole trace"));
-        let outer = |(from, to): (u64, Option<u64>)| (from, to.expect("the vCPU is held"));
-        let kvm = slices(&before).map(outer).zip(slices(&after).map(outer));
-        let kvm = kvm.map(|(before, after)| Stay {
-            begun: [before.0, after.0],
-            ended: [before.1, after.1],
-        });
-        let kvm: Vec<_> = kvm.collect();
+        let [before, after] = [before, after].map(|trace| trace.stop(tid).expect("the whole trace"));
+        let kvm = between(&before, &after).expect("the same slices");
         // Each stamp of the programs is rounded down to a nanosecond; 2 more a stay are the kernel's
         // (Documentation/core-api/timekeeping.rst, ktime_get_mono_fast_ns: not quite monotone at an update). The two clocks are
         // paired within some microseconds in an emulator, at either end.

@@ -1,10 +1,10 @@
-//! What each way of telling a vCPU's guest time says, beside what the guest itself knows that it burned: every workload, on
+//! What each way of telling a vCPU's guest time says, beside what is known to be true of it: every workload, on
 //! each kind of CPU that this host has. Prints one row of JSON a line; `cargo xtask accuracy` makes the table and the plot.
 
 use accounting::host::HostCpus;
+use accounting::reading::{Bounds, Source};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use tests::flat::Figure;
 use tests::kernel::{Kernel, release};
 use tests::workload::{ALL, Burned, Workload, run_traced};
 
@@ -54,23 +54,24 @@ fn least_disturbed(workload: &Workload, cpu: u32) -> Result<Vec<Burned>> {
 
 fn row(burned: &Burned) -> Value {
     let kernel = |figure: fn(&Kernel) -> u64| burned.counted(figure);
-    let sources = burned.told.figures.iter().map(|figure| {
-        let Figure {
-            source,
-            point,
-            lower,
-            upper,
-        } = figure;
-        json!({ "source": source.name(), "point_ns": point, "lower_ns": lower, "upper_ns": upper })
+    let truth = |source| {
+        let Bounds { lower, upper } = burned.truth(source);
+        json!({ "lower_ns": lower, "upper_ns": upper })
+    };
+    let sources = burned.grown().into_iter().map(|figure| {
+        json!({
+            "source": figure.source.name(),
+            "truth": truth(figure.source),
+            "point_ns": figure.point,
+            "lower_ns": figure.lower,
+            "upper_ns": figure.upper,
+        })
     });
     json!({
-        "truth": {
-            "burned_ns": burned.burned_ns,
-            "most_ns": burned.most_ns(),
-            "exits_ns": burned.exits_ns,
-            "trace_ns": burned.trace_ns,
-        },
+        "guest": { "burned_ns": burned.burned_ns, "most_ns": burned.most_ns(), "exits_ns": burned.exits_ns },
         "proc": {
+            // The kernel's own guest time turns where `vtime` does.
+            "truth": truth(Source::Vtime),
             "gtime_ns": kernel(|k| k.gtime_ns),
             "utime_ns": kernel(|k| k.utime_ns),
             "stime_ns": kernel(|k| k.stime_ns),

@@ -7,9 +7,9 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
-use super::{Trace, cut};
+use super::{Event, Trace, cut, slices};
 
 const PROBES: &str = "/sys/kernel/tracing/kprobe_events";
 const GROUP: &str = "chronovisor";
@@ -37,17 +37,17 @@ pub struct Stay {
 }
 
 impl Recording {
-    /// Starts to record the guest time of thread `tid`.
+    /// Starts to record the guest time of the threads `tids`. One recording at a time: there is one set of probes.
     ///
     /// # Errors
     /// The file of tracefs that refused, and why.
-    pub fn start(tid: i32) -> Result<Self> {
+    pub fn start(tids: &[i32]) -> Result<Self> {
         let mut recording = Self { trace: None };
         for (_, probe) in EVENTS {
             write(probe)?;
         }
         let events = EVENTS.map(|(name, _)| format!("{GROUP}/{name}"));
-        recording.trace = Some(Trace::begin(tid, &events.each_ref().map(String::as_str))?);
+        recording.trace = Some(Trace::begin(tids, &events.each_ref().map(String::as_str))?);
         Ok(recording)
     }
 
@@ -55,7 +55,7 @@ impl Recording {
     ///
     /// # Errors
     /// What could not be read; a line that was not understood; records that were lost.
-    pub fn stop(self, tid: i32) -> Result<Vec<Stay>> {
+    pub fn stop(&self, tid: i32) -> Result<Vec<Stay>> {
         let mut stays = Vec::new();
         let trace = self.trace.as_ref().context("it was not started")?;
         let never = [u64::MAX; 2];
@@ -102,6 +102,27 @@ fn write(line: &str) -> Result<()> {
     let file = OpenOptions::new().append(true).open(PROBES);
     let mut file = file.with_context(|| format!("cannot open {PROBES}"))?;
     writeln!(file, "{line}").with_context(|| format!("cannot write {line:?} to {PROBES}"))
+}
+
+/// The same thread's slices in the guest by two recordings, of which one's probes run before what is to be checked and one's
+/// after: each stamp lies between theirs.
+///
+/// # Errors
+/// When the two did not see the same.
+pub fn between(before: &[Event], after: &[Event]) -> Result<Vec<Stay>> {
+    let ended = |(from, to): (u64, Option<u64>)| (from, to.unwrap_or(u64::MAX));
+    let [before, after] = [before, after].map(|events| slices(events).map(ended).collect::<Vec<_>>());
+    ensure!(
+        before.len() == after.len(),
+        "one recording has {} slices in the guest, the other {}",
+        before.len(),
+        after.len()
+    );
+    let stay = |(before, after): ((u64, u64), (u64, u64))| Stay {
+        begun: [before.0, after.0],
+        ended: [before.1, after.1],
+    };
+    Ok(before.into_iter().zip(after).map(stay).collect())
 }
 
 /// Guest time until the instant `from..=to`, in ticks: not less than, not more than.

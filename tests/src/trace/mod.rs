@@ -44,19 +44,18 @@ pub struct Event {
 #[derive(Debug)]
 pub struct Trace {
     instance: PathBuf,
-    tid: i32,
 }
 
 /// KVM's tracepoints, and the scheduler's.
 const EVENTS: [&str; 3] = ["kvm/kvm_entry", "kvm/kvm_exit", "sched/sched_switch"];
 
 impl Trace {
-    /// Starts to record thread `tid` (as the initial PID namespace knows it).
+    /// Starts to record the threads `tids` (as the initial PID namespace knows them).
     ///
     /// # Errors
     /// The file of tracefs that refused, and why.
-    pub fn start(tid: i32) -> Result<Self> {
-        Self::begin(tid, &EVENTS)
+    pub fn start(tids: &[i32]) -> Result<Self> {
+        Self::begin(tids, &EVENTS)
     }
 
     /// Starts to record the threads that this one is going to start: one that is not there yet can be recorded from its
@@ -65,22 +64,23 @@ impl Trace {
     /// # Errors
     /// The file of tracefs that refused, and why.
     pub fn start_for_children() -> Result<Self> {
-        Self::begin(rustix::thread::gettid().as_raw_nonzero().get(), &EVENTS)
+        Self::begin(&[rustix::thread::gettid().as_raw_nonzero().get()], &EVENTS)
     }
 
-    fn begin(tid: i32, events: &[&str]) -> Result<Self> {
+    fn begin(tids: &[i32], events: &[&str]) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let instance =
             Path::new("/sys/kernel/tracing/instances").join(format!("chronovisor-{}-{n}", std::process::id()));
         fs::create_dir(&instance).with_context(|| format!("cannot create {}", instance.display()))?;
-        let trace = Self { instance, tid };
+        let trace = Self { instance };
         trace.set("tracing_on", "0")?;
         trace.set("trace_clock", "x86-tsc")?;
         trace.set("buffer_size_kb", BUFFER_KIB_PER_CPU)?;
         // A thread that a recorded one starts is recorded too.
         trace.set("options/event-fork", "1")?;
-        trace.set("set_event_pid", &tid.to_string())?;
+        let tids: Vec<_> = tids.iter().map(i32::to_string).collect();
+        trace.set("set_event_pid", &tids.join(" "))?;
         for event in events {
             trace.set(&format!("events/{event}/enable"), "1")?;
         }
@@ -88,20 +88,11 @@ impl Trace {
         Ok(trace)
     }
 
-    /// Ends the recording: what the thread did, in order.
+    /// Ends the recording: what thread `tid` did, in order.
     ///
     /// # Errors
     /// What could not be read; a line that was not understood; records that were lost.
-    pub fn stop(self) -> Result<Vec<Event>> {
-        let tid = self.tid;
-        self.stop_for(tid)
-    }
-
-    /// As [`Trace::stop`], of one of the threads that the recorded one started.
-    ///
-    /// # Errors
-    /// As [`Trace::stop`].
-    pub fn stop_for(self, tid: i32) -> Result<Vec<Event>> {
+    pub fn stop(&self, tid: i32) -> Result<Vec<Event>> {
         let mut events = Vec::new();
         self.each_line(|line| {
             events.extend(parse(line, tid)?);
@@ -204,15 +195,6 @@ pub fn guest_ticks(events: &[Event]) -> u64 {
     slices(events).filter_map(|(from, to)| Some(to? - from)).sum()
 }
 
-/// Guest time up to `tsc`, in ticks, the slice that is open then included.
-#[must_use]
-pub fn guest_ticks_until(events: &[Event], tsc: u64) -> u64 {
-    slices(events)
-        .take_while(|&(from, _)| from < tsc)
-        .map(|(from, to)| to.unwrap_or(tsc).min(tsc) - from)
-        .sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -264,9 +246,5 @@ mod tests {
         let slices: Vec<_> = slices(&events).collect();
         assert_eq!(slices, [(10, Some(30)), (40, Some(45)), (70, None)]);
         assert_eq!(guest_ticks(&events), 20 + 5);
-        assert_eq!(guest_ticks_until(&events, 25), 15);
-        assert_eq!(guest_ticks_until(&events, 43), 20 + 3);
-        assert_eq!(guest_ticks_until(&events, 65), 20 + 5);
-        assert_eq!(guest_ticks_until(&events, 100), 20 + 5 + 30);
     }
 }

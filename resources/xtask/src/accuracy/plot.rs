@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::row::{Row, Source, percent};
+use super::row::{Row, percent};
 
 const WIDTH: f64 = 1000.0;
 /// Where the plot begins and ends; left of it are the names, right of it the errors in figures.
@@ -91,7 +91,7 @@ fn draw(svg: &mut String, rows: &[Row]) -> Result<f64, std::fmt::Error> {
                 lines,
                 "<text class=\"group\" x=\"20\" y=\"{:.1}\">{group}, Linux {}</text>",
                 y - 4.0,
-                row.measured.kernel_release
+                row.kernel()
             )?;
         }
         y = workload(&mut lines, row, y + GAP)?;
@@ -122,7 +122,7 @@ fn legend(svg: &mut String, rows: &[Row]) -> std::fmt::Result {
     )?;
     writeln!(
         svg,
-        "<text x=\"{:.1}\" y=\"56\">what the guest itself says</text>",
+        "<text x=\"{:.1}\" y=\"56\">the truth, as well as it is known</text>",
         x + 30.0
     )?;
     for (y, line) in [
@@ -132,7 +132,7 @@ fn legend(svg: &mut String, rows: &[Row]) -> std::fmt::Result {
         ),
         (
             93,
-            "The truth is KVM's trace where there is one, and else the middle of what the guest itself says.",
+            "The truth is by the tracer's stamps in the emulated host, and what the guest itself says on this machine; errors are from its middle.",
         ),
     ] {
         writeln!(svg, "<text class=\"soft\" x=\"20\" y=\"{y}\">{line}</text>")?;
@@ -166,22 +166,13 @@ fn grid(svg: &mut String, top: f64, bottom: f64) -> std::fmt::Result {
 
 /// One workload's figures, a line each; tells where it ends.
 fn workload(svg: &mut String, row: &Row, top: f64) -> Result<f64, std::fmt::Error> {
-    let truth = &row.measured.truth;
-    let mut figures = vec![("proc", row.measured.proc.gtime_ns, None)];
+    let figures = row.figures();
     // Of a CPU that guests share, the line in /proc/stat is nobody's.
-    if row.measured.guests == 1 {
-        figures.push(("stat", row.measured.proc.cpu_charged_ns, None));
-    }
-    let ours = row.measured.sources.iter();
-    figures.extend(ours.map(|source| (class_of(source), source.point_ns, Some(source))));
-
+    let figures: Vec<_> = figures
+        .iter()
+        .filter_map(|figure| Some((figure, figure.truth?)))
+        .collect();
     let height = LINE * f64::from(u32::try_from(figures.len()).expect("a handful"));
-    let [from, to] = [truth.burned_ns, truth.most_ns].map(|ns| x_of(truth.error(ns)));
-    writeln!(
-        svg,
-        "<rect class=\"truth\" x=\"{from:.1}\" y=\"{top:.1}\" width=\"{:.1}\" height=\"{height:.1}\"/>",
-        (to - from).max(1.0)
-    )?;
     writeln!(
         svg,
         "<text x=\"34\" y=\"{:.1}\">{}</text>",
@@ -189,26 +180,35 @@ fn workload(svg: &mut String, row: &Row, top: f64) -> Result<f64, std::fmt::Erro
         row.name()
     )?;
     let mut y = top + LINE / 2.0;
-    for (class, ns, source) in figures {
-        if let Some(source) = source {
-            let [from, to] = [source.lower_ns, source.upper_ns].map(|ns| x_of(truth.error(ns)));
+    for (figure, truth) in figures {
+        let class = class_of(figure.by);
+        let [from, to] = [truth.lower_ns, truth.upper_ns].map(|ns| x_of(truth.error(ns)));
+        writeln!(
+            svg,
+            "<rect class=\"truth\" x=\"{from:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{LINE:.1}\"/>",
+            y - LINE / 2.0,
+            (to - from).max(1.0)
+        )?;
+        if let Some(claim) = figure.claim_ns {
+            let [from, to] = claim.map(|ns| x_of(truth.error(ns)));
             bar(svg, class, from, to, y)?;
         }
-        dot(svg, class, x_of(truth.error(ns)), y)?;
+        let error = truth.error(figure.ns);
+        dot(svg, class, x_of(error), y)?;
         writeln!(
             svg,
             "<text class=\"soft\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
             WIDTH - 20.0,
             y + 4.0,
-            percent(truth.error(ns))
+            percent(error)
         )?;
         y += LINE;
     }
     Ok(top + height)
 }
 
-fn class_of(source: &Source) -> &'static str {
-    let known = KINDS.iter().find(|(class, _)| *class == source.source);
+fn class_of(by: &str) -> &'static str {
+    let known = KINDS.iter().find(|(class, _)| *class == by);
     known.map_or("oncpu", |(class, _)| class)
 }
 

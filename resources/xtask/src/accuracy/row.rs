@@ -2,6 +2,8 @@
 
 use serde::Deserialize;
 
+use crate::machine::version;
+
 /// Where it ran.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -28,27 +30,36 @@ pub struct Measured {
     /// How many guests shared the CPU.
     pub guests: u32,
     pub vcpu: u32,
-    pub truth: Truth,
+    pub guest: Guest,
     pub proc: Proc,
     pub sources: Vec<Source>,
 }
 
 /// What the guest knows that it burned.
 #[derive(Clone, Copy, Debug, Deserialize)]
-pub struct Truth {
+pub struct Guest {
     /// The least.
     pub burned_ns: u64,
     /// The most.
     pub most_ns: u64,
     /// What entering and leaving it took.
     pub exits_ns: u64,
-    /// What KVM's tracepoints say.
-    pub trace_ns: Option<u64>,
+}
+
+/// What is known to be true.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Truth {
+    /// The least.
+    pub lower_ns: u64,
+    /// The most.
+    pub upper_ns: u64,
 }
 
 /// What the kernel says.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct Proc {
+    /// What it is to tell.
+    pub truth: Truth,
     pub gtime_ns: u64,
     /// Of the CPU, by /proc/stat.
     pub cpu_charged_ns: u64,
@@ -58,32 +69,38 @@ pub struct Proc {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Source {
     pub source: String,
+    /// What it is to tell.
+    pub truth: Truth,
     pub point_ns: u64,
     pub lower_ns: u64,
     pub upper_ns: u64,
 }
 
-impl Truth {
-    /// What the others are held against: the trace, or the middle of what the guest knows.
-    pub fn reference_ns(&self) -> u64 {
-        self.trace_ns.unwrap_or(u64::midpoint(self.burned_ns, self.most_ns))
-    }
+/// One figure of a row, by whomever.
+#[derive(Clone, Copy, Debug)]
+pub struct Figure<'a> {
+    /// Who says it: `proc`, `stat`, or a source's name.
+    pub by: &'a str,
+    pub ns: u64,
+    /// What it is to tell; nothing where guests share what it is of.
+    pub truth: Option<Truth>,
+    /// The interval that is claimed to hold the truth, if one is.
+    pub claim_ns: Option<[u64; 2]>,
+}
 
-    /// How far `ns` is from the reference, in percent of that.
+impl Truth {
+    /// How far `ns` is from the middle, in percent of that.
     #[expect(clippy::cast_precision_loss, reason = "seconds in nanoseconds, to be read by people")]
     pub fn error(&self, ns: u64) -> f64 {
-        let truth = self.reference_ns().max(1) as f64;
-        (ns as f64 - truth) / truth * 100.0
+        let middle = self.lower_ns.midpoint(self.upper_ns).max(1) as f64;
+        (ns as f64 - middle) / middle * 100.0
     }
 
-    /// Whether the truth can be in `source`'s interval.
-    ///
-    /// Guest time, to the kernel and so to a reading, begins where KVM has decided to enter the guest and ends where it is
-    /// back. The guest's own clock sees less: what is between its last instruction and there, and there and its first.
-    pub fn inside(&self, source: &Source) -> bool {
-        // Two clocks, each within a part in a million of the other, and some microseconds from the reading to the mark.
-        let clocks = self.most_ns / 1_000_000 + 10_000;
-        source.lower_ns <= self.most_ns + self.exits_ns + clocks && self.burned_ns <= source.upper_ns + clocks
+    /// Whether the truth may be in `[lower_ns, upper_ns]`.
+    pub fn may_be_in(&self, [lower_ns, upper_ns]: [u64; 2]) -> bool {
+        // What the guest says is by another clock, within a part in a million, and some microseconds from the reading.
+        let clocks = self.upper_ns / 1_000_000 + 10_000;
+        lower_ns <= self.upper_ns + clocks && self.lower_ns <= upper_ns + clocks
     }
 }
 
@@ -111,17 +128,54 @@ impl Row {
         }
     }
 
+    /// What everybody says, the kernel first.
+    pub fn figures(&self) -> Vec<Figure<'_>> {
+        let Measured {
+            proc, sources, guests, ..
+        } = &self.measured;
+        let stat = Figure {
+            by: "stat",
+            ns: proc.cpu_charged_ns,
+            truth: (*guests == 1).then_some(proc.truth),
+            claim_ns: None,
+        };
+        let gtime = Figure {
+            by: "proc",
+            ns: proc.gtime_ns,
+            truth: Some(proc.truth),
+            claim_ns: None,
+        };
+        let ours = sources.iter().map(|source| Figure {
+            by: &source.source,
+            ns: source.point_ns,
+            truth: Some(source.truth),
+            claim_ns: Some([source.lower_ns, source.upper_ns]),
+        });
+        [gtime, stat].into_iter().chain(ours).collect()
+    }
+
+    /// The version of the kernel it ran on. That of the emulated host is a package of Debian's, named as a whole.
+    pub fn kernel(&self) -> &str {
+        match self.place {
+            Place::Emulated => &self.measured.kernel_release,
+            Place::Here => version(&self.measured.kernel_release),
+        }
+    }
+
     /// For the terminal.
     pub fn in_one_line(&self) -> String {
-        let Measured { cpu, truth, proc, .. } = &self.measured;
+        let Guest { burned_ns, most_ns, .. } = self.measured.guest;
         let mut line = format!(
-            "CPU {cpu}  {:<24} {:>10} ms  /proc gtime {:>9}",
+            "CPU {}  {:<24} {:>10} to {:>10} ms",
+            self.measured.cpu,
             self.name(),
-            ms(truth.reference_ns()),
-            percent(truth.error(proc.gtime_ns))
+            ms(burned_ns),
+            ms(most_ns)
         );
-        for source in &self.measured.sources {
-            line += &format!("  {} {:>8}", source.source, percent(truth.error(source.point_ns)));
+        for Figure { by, ns, truth, .. } in self.figures() {
+            if let Some(truth) = truth {
+                line += &format!("  {by} {:>8}", percent(truth.error(ns)));
+            }
         }
         line
     }
@@ -146,20 +200,9 @@ mod tests {
     use super::*;
 
     const TRUTH: Truth = Truth {
-        burned_ns: 990_000_000,
-        most_ns: 1_010_000_000,
-        exits_ns: 5_000_000,
-        trace_ns: None,
+        lower_ns: 990_000_000,
+        upper_ns: 1_010_000_000,
     };
-
-    fn source(lower_ns: u64, upper_ns: u64) -> Source {
-        Source {
-            source: "vtime".to_owned(),
-            point_ns: lower_ns,
-            lower_ns,
-            upper_ns,
-        }
-    }
 
     #[test]
     fn errors_are_percent_of_the_truth() {
@@ -170,10 +213,10 @@ mod tests {
     }
 
     #[test]
-    fn the_truth_is_inside_unless_it_cannot_be() {
-        assert!(TRUTH.inside(&source(1_000_000_000, 1_001_000_000)));
-        assert!(TRUTH.inside(&source(1_014_000_000, 1_020_000_000)));
-        assert!(!TRUTH.inside(&source(1_016_000_000, 1_020_000_000)));
-        assert!(!TRUTH.inside(&source(0, 989_000_000)));
+    fn the_truth_may_be_inside_unless_it_cannot_be() {
+        assert!(TRUTH.may_be_in([1_000_000_000, 1_001_000_000]));
+        assert!(TRUTH.may_be_in([1_010_000_000, 1_020_000_000]));
+        assert!(!TRUTH.may_be_in([1_012_000_000, 1_020_000_000]));
+        assert!(!TRUTH.may_be_in([0, 989_000_000]));
     }
 }
