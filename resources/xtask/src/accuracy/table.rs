@@ -9,7 +9,7 @@ const WHAT: &str = "\
 ![How far each figure is from the truth](accuracy.svg)
 
 **Truth.** It is an interval, and each figure has its own: error and *truth inside* are by that, and nothing else. The error is
-from its middle. A figure that is off by less than half of its width may be right.
+from its middle, which is *known to* half of its width: what is off by less may be right.
 
 * In the emulated host, where the kernel's tracer can be asked, it is by stamps of the TSC at the very turns that a figure is
   of. *bpf* stamps at KVM's tracepoints: one recording of them was begun before its programs were attached and one after,
@@ -55,8 +55,8 @@ pub fn render(rows: &[Row], machine: &Machine) -> String {
         "# Accuracy\n\nGuest time as each way of telling it has it, beside what is known to be true. Written by `cargo xtask accuracy` \
          on {date}, on {cpus}, Linux {kernel}.\n\n{WHAT}\n"
     );
-    text += "| where | workload | guest, ms | entries and exits, ms | by | says, ms | truth, ms | error | claims, ms | truth inside |\n\
-             |---|---|--:|--:|---|--:|--:|--:|--:|---|\n";
+    text += "| where | workload | guest, ms | entries and exits, ms | by | says, ms | truth, ms | known to | error | claims, ms | truth inside |\n\
+             |---|---|--:|--:|---|--:|--:|--:|--:|--:|---|\n";
     for row in rows {
         write_row(&mut text, row).expect("a string takes everything");
     }
@@ -86,6 +86,9 @@ fn write_row(text: &mut String, row: &Row) -> std::fmt::Result {
         let truth = figure
             .truth
             .map_or_else(none, |truth| span([truth.lower_ns, truth.upper_ns]));
+        let known = figure
+            .truth
+            .map_or_else(none, |truth| format!("± {:.2} %", truth.error(truth.upper_ns)));
         let error = figure.truth.map_or_else(none, |truth| percent(truth.error(figure.ns)));
         let claim = figure.claim_ns.map_or_else(none, span);
         let inside = match figure.truth.zip(figure.claim_ns) {
@@ -93,7 +96,10 @@ fn write_row(text: &mut String, row: &Row) -> std::fmt::Result {
             Some(_) => "**no**",
             None => "-",
         };
-        writeln!(text, "| {by} | {says} | {truth} | {error} | {claim} | {inside} |")?;
+        writeln!(
+            text,
+            "| {by} | {says} | {truth} | {known} | {error} | {claim} | {inside} |"
+        )?;
     }
     Ok(())
 }
