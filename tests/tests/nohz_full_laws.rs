@@ -231,8 +231,11 @@ fn reading_at_full_speed_restarts_no_tick_and_interrupts_nobody() {
         );
         let ticks = 5_000_000_000 / tick_ns();
         assert!(read.0 * 100 < ticks * 2, "the tick ran: {} of {ticks}", read.0);
+        // A stray call may come at any time, from a kernel thread that has nothing to do with us; had one reading in ten thousand
+        // sent one, there would be more than these.
+        const STRAY: u64 = 3;
         assert!(
-            read.1 <= idle.1,
+            read.1 <= idle.1 + STRAY,
             "{} function calls, {} with nobody reading",
             read.1,
             idle.1
