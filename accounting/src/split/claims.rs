@@ -1,7 +1,11 @@
 //! What each source claims of the guest's time: a point, and an interval that holds the truth.
 //!
 //! *Guest time* is the time the vCPU thread is on a CPU between KVM's decision to enter the guest and its return from
-//! it: the kernel's gtime.
+//! it, the switch of worlds included: the kernel's gtime. Where just it begins and ends is each source's own: `vtime` and
+//! `oncpu` go by where the kernel's accounting turns (`vtime_guest_enter`, `vtime_guest_exit`), `bpf` by KVM's tracepoints,
+//! which are inside of that at the entry and, where `kvm_exit` is passed late (Linux 6.1 on AMD, see
+//! [`crate::probe::bpf`]), a little outside at the exit. So on a guest that does nothing but exit the intervals of two
+//! sources need not meet: they part by some 100 ns an exit on hardware, and by 2 to 15 us in an emulator.
 //!
 //! | source | what it has | what it claims |
 //! |---|---|---|
