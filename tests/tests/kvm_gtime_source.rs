@@ -32,7 +32,7 @@ impl Host {
             guest.vcpu.resume();
             assert!(matches!(guest.next(), Event::Report(_)), "the guest reports its exits");
             let silent = guest.read().source != Source::Bpf;
-            silent.then(|| "KVM's tracepoints stay silent on this host".to_owned())
+            silent.then(|| "KVM's tracepoints have been silent so far".to_owned())
         });
         Self {
             cpu,

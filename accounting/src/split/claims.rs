@@ -76,8 +76,7 @@ pub fn vtime(i: &Inputs, at: &Presence) -> Option<Claim> {
 pub fn oncpu(i: &Inputs, at: &Presence) -> Claim {
     // The VMM may have been off the CPU for any part of V: then more of the on-CPU time was inside KVM_RUN.
     let upper = in_run(i, at).min(at.on_cpu_ns.saturating_add(i.age_ns));
-    let in_vmm = i.vmm_ns.saturating_sub(at.blocked_ns).min(at.on_cpu_ns);
-    let point = (at.on_cpu_ns - in_vmm).saturating_sub(i.halt_poll_ns);
+    let point = (at.on_cpu_ns - at.vmm_on_cpu_ns(i)).saturating_sub(i.halt_poll_ns);
     Claim {
         source: Source::Oncpu,
         point_ns: point.min(upper),
@@ -161,6 +160,20 @@ mod tests {
             ..spinning()
         };
         assert_eq!(vtime(&inputs, &presence(&inputs)), None);
+    }
+
+    #[test]
+    fn a_wait_that_follows_a_sleep_of_the_vmm_is_not_taken_for_its_cpu_time() {
+        // 400 ms in KVM_RUN, all on a CPU; of 600 ms outside 500 were asleep and 80 waiting for a CPU.
+        let inputs = Inputs {
+            vmm_ns: 600 * MS,
+            sched_ns: 420 * MS,
+            run_delay_ns: 80 * MS,
+            utime: None,
+            ..spinning()
+        };
+        let claim = oncpu(&inputs, &presence(&inputs));
+        assert_eq!((claim.point_ns, claim.bounds.upper), (400 * MS, 400 * MS));
     }
 
     #[test]

@@ -155,6 +155,23 @@ impl Split {
 }
 
 impl Presence {
+    /// An estimate of what of V was on a CPU, in nanoseconds. What was blocked was not; nor was the wait for a CPU that
+    /// follows a sleep, as waits for a CPU do as a rule: so the waits are shared out as the sleeps are, between those in the VMM
+    /// and those in `KVM_RUN`.
+    #[must_use]
+    pub fn vmm_on_cpu_ns(&self, i: &Inputs) -> u64 {
+        let modes = &self.answer.modes;
+        let (blocked, slept) = (
+            u128::from(self.blocked_ns),
+            u128::from(self.blocked_ns) + u128::from(modes.halted_ns),
+        );
+        let waited = u128::from(modes.waiting_ns) * blocked / slept.max(1);
+        let waited = u64::try_from(waited).unwrap_or(u64::MAX);
+        (i.vmm_ns.saturating_sub(self.blocked_ns))
+            .saturating_sub(waited)
+            .min(self.on_cpu_ns)
+    }
+
     /// The whole answer, the guest having had `guest_ns` of the time on a CPU.
     #[must_use]
     pub fn with_guest(&self, i: &Inputs, guest_ns: u64) -> Answer {
@@ -163,7 +180,7 @@ impl Presence {
         let host = self.on_cpu_ns - modes.guest_ns;
         modes.host_user_ns = match i.utime {
             Some(Utime { virt_ns, prof_ns }) => host.saturating_sub(prof_ns.saturating_sub(virt_ns)),
-            None => i.vmm_ns.saturating_sub(self.blocked_ns).min(host),
+            None => self.vmm_on_cpu_ns(i).min(host),
         };
         modes.host_kernel_ns = host - modes.host_user_ns;
         Answer { modes, ..self.answer }
