@@ -23,6 +23,8 @@ const LEGEND: &str = "
 * `snapshot`: a reader's copy of what the vCPU thread published, against one bare `rdtsc`.
 * `reading_vs_probes`: a full reading, against the probes of the kernel that it makes.
 * `reading_vs_proc`: a full reading, against opening, reading and parsing `/proc/PID/task/TID/stat`.
+* `stamps_instructions`: the two stamps of one exit, against two bare `rdtsc`, in instructions as callgrind counts them:
+  the same on a noisy machine as on a quiet one.
 * `api`: `GET /vcpus/0/cputime`, against `GET /version` on the same connection; client and server on one CPU.
 * `start`, `boot`: from exec to the first `KVM_RUN`, and to the guest init's first line, against the shortest loop that
   boots the same kernel and initrd (`tests/src/bin/floor.rs`).
