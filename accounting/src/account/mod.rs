@@ -6,6 +6,7 @@
 mod explain;
 mod gtime;
 mod stamped;
+mod take;
 
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -15,17 +16,18 @@ use rustix::param::clock_ticks_per_second;
 pub use explain::{Explained, Explanation, ProbeValues, SourceClaim};
 use gtime::{Bpf, Claims};
 pub use gtime::{Gtime, GtimeSource, UnknownSource};
-use stamped::{Bracket, Steering, stamped};
+use stamped::{Bracket, Steering};
+use take::{Closed, Taken};
 
 use crate::clock::{self, Instant, Scale};
 use crate::disturbance::{Disturbance, Placement, Watch};
 use crate::host::{HostCpus, tick_ns};
 use crate::ledger::{self, Ledger};
-use crate::probe::bpf::{GuestTime, Tracked};
-use crate::probe::{Depth, KvmCounters, Probes, Raw, Utime};
+use crate::probe::bpf::Tracked;
+use crate::probe::{Depth, Probes, Raw};
 use crate::reading::{Bounds, ExitTotals, Exits, Histogram, Histograms, HostCpu, Pending, Reading, Source, VcpuState};
-use crate::split::{Inputs, Presence, Split, claims};
-use crate::vtime::{BUCKETS, ExitReason, Snapshot, State, VtimeReader, VtimeWriter, vtime};
+use crate::split::Split;
+use crate::vtime::{BUCKETS, ExitReason, VtimeReader, VtimeWriter, vtime};
 
 /// What [`Account::open`] needs to know.
 #[derive(Debug)]
@@ -82,17 +84,6 @@ pub struct Account {
     /// The last instant, and what the probes said then, when the thread has ended.
     closed: OnceLock<Closed>,
     books: Mutex<Books>,
-}
-
-/// What is known when the thread has ended.
-#[derive(Debug)]
-struct Closed {
-    raw: Raw,
-    /// Whether the thread may have run on another CPU than its own.
-    moved: bool,
-    /// Around the last instant.
-    bracket: Bracket,
-    stamps: Option<GuestTime>,
 }
 
 /// What readings need from one another.
@@ -283,77 +274,6 @@ impl Account {
         }
     }
 
-    /// Inlined by force: what it gives is a kilobyte, which a call would copy.
-    #[inline(always)]
-    fn take(&self, books: &mut Books, depth: Depth) -> Option<Taken> {
-        let (raw, snapshot, (bracket, stamps)) = match self.closed.get() {
-            Some(end) => self.taken_last(end)?,
-            None => {
-                let raw = books.probes.read(depth).ok()?;
-                let (snapshot, instant) = self.vtime.snapshot_at(|| self.instant())?;
-                match self.closed.get() {
-                    // It has ended meanwhile: then all is of its last instant, and not of this one.
-                    Some(end) => self.taken_last(end)?,
-                    None => (raw, snapshot, instant),
-                }
-            }
-        };
-        let (seen, moved) = match self.closed.get() {
-            Some(end) => (books.watch.findings(), end.moved),
-            None => {
-                let Raw { stat, run_delay_ns, .. } = raw;
-                let seen = (books.watch).look(bracket.now.ns, raw.sched_ns, stat.processor, run_delay_ns);
-                (seen, false)
-            }
-        };
-        let (tick_stopped, vtime_void) = (seen.tick_stopped, seen.vtime_void || moved);
-        let scale = Scale::of(self.opened, bracket.now);
-        let mut inputs = self.inputs(&snapshot, bracket.now, scale, &raw);
-        if vtime_void {
-            inputs.utime = None;
-        }
-        // A scale that is better known may convert the same ticks to a nanosecond less.
-        inputs.paused_ns = inputs.paused_ns.max(books.paused_ns);
-        books.paused_ns = inputs.paused_ns;
-        let at = books.split.presence(&inputs);
-        let bpf = stamps.map(|time| {
-            let steered = books.steering.seen(bracket.lead());
-            stamped(time, &bracket, steered, inputs.elapsed_ns)
-        });
-        Some(Taken {
-            took_ns: scale.to_ns(bracket.now.ticks.saturating_sub(raw.begun_at)),
-            raw,
-            tick_stopped,
-            vtime_void,
-            snapshot,
-            scale,
-            inputs,
-            at,
-            claims: [
-                bpf.map(Into::into),
-                claims::vtime(&inputs, &at),
-                Some(claims::oncpu(&inputs, &at)),
-            ],
-        })
-    }
-
-    /// What was taken when the thread ended.
-    #[cold]
-    fn taken_last(&self, end: &Closed) -> Option<(Raw, Snapshot, (Bracket, Option<GuestTime>))> {
-        Some((end.raw, self.vtime.snapshot()?, (end.bracket, end.stamps)))
-    }
-
-    /// This instant, and BPF's stamps at it, if KVM's tracepoints have been heard.
-    fn instant(&self) -> (Bracket, Option<GuestTime>) {
-        match &self.stamps {
-            Ok(tracked) => {
-                let (bracket, time) = Bracket::around(tracked);
-                (bracket, time.filter(|_| tracked.heard()))
-            }
-            Err(_) => (Bracket::without(), None),
-        }
-    }
-
     fn publish(&self, books: &mut Books, taken: &Taken) {
         let Taken { snapshot, inputs, .. } = taken;
         let claim = self.gtime_source.choose(&taken.claims);
@@ -411,57 +331,6 @@ impl Account {
         })
     }
 
-    fn inputs(&self, snapshot: &Snapshot, now: Instant, scale: Scale, raw: &Raw) -> Inputs {
-        let slice = now.ticks.saturating_sub(snapshot.stamp);
-        let running = |state| if snapshot.state == state { slice } else { 0 };
-        let base = &self.baseline;
-        // What a pause cost the thread is not the guest's, nor the kernel's share of running it.
-        let this_pause = match snapshot.state {
-            State::Paused => raw.sched_ns.saturating_sub(snapshot.pause_began_cpu_ns),
-            State::Inactive | State::Vmm | State::Guest => 0,
-        };
-        let paused_cpu_ns = snapshot.paused_cpu_ns + this_pause;
-        let kvm = |pick: fn(&KvmCounters) -> Option<u64>| {
-            let value = |raw: &Raw| raw.kvm.as_ref().and_then(pick).unwrap_or(0);
-            value(raw).saturating_sub(value(base))
-        };
-        let base_utime = base.utime.unwrap_or_default();
-        let utime = raw.utime.filter(|_| self.vtime_cpu).map(|utime| Utime {
-            virt_ns: utime.virt_ns.saturating_sub(base_utime.virt_ns),
-            prof_ns: (utime.prof_ns.saturating_sub(base_utime.prof_ns)).saturating_sub(paused_cpu_ns),
-        });
-        let sched_age_ns = scale.to_ns(now.ticks.saturating_sub(raw.sched_read_at));
-        // At most: a thread that was asleep may have woken up since.
-        let sched_now_ns = raw.sched_ns.saturating_add(sched_age_ns);
-        Inputs {
-            elapsed_ns: scale.span_ns(),
-            paused_ns: scale.to_ns(snapshot.paused + running(State::Paused)),
-            vmm_ns: scale.to_ns(snapshot.vmm + running(State::Vmm)),
-            state: snapshot.state,
-            slice_ns: scale.to_ns(if snapshot.state == State::Inactive { 0 } else { slice }),
-            sched_ns: raw.sched_ns.saturating_sub(base.sched_ns).saturating_sub(paused_cpu_ns),
-            sched_age_ns,
-            on_cpu: raw.on_cpu,
-            runnable: raw.stat.state == b'R',
-            uninterruptible: raw.stat.state == b'D',
-            utime,
-            stat_guest_ns: (raw.stat.guest_time_clk.saturating_sub(base.stat.guest_time_clk))
-                .saturating_mul(self.stat_unit_ns),
-            stat_unit_ns: self.stat_unit_ns,
-            // Where the thread had run a guest before, its baseline was rounded down too, and lacked a residue.
-            stat_baseline_ns: match base.stat.guest_time_clk {
-                0 => 0,
-                _ => self.stat_unit_ns + self.tick_ns,
-            },
-            stat_age_ns: sched_now_ns.saturating_sub(raw.stat_sched_ns),
-            run_delay_ns: raw.run_delay_ns.saturating_sub(base.run_delay_ns),
-            halt_wait_ns: kvm(|k| k.halt_wait_ns),
-            halt_poll_ns: kvm(|k| k.halt_poll_ns),
-            age_ns: sched_now_ns.saturating_sub(raw.sched_before_ns),
-            tick_ns: self.tick_ns,
-        }
-    }
-
     fn host_cpu(&self, taken: &Taken) -> HostCpu {
         let cpu = self.pinned.unwrap_or(taken.raw.stat.processor);
         HostCpu {
@@ -472,22 +341,6 @@ impl Account {
             tick_stopped: taken.tick_stopped,
         }
     }
-}
-
-/// One instant's figures, before anything is published.
-#[derive(Clone, Copy, Debug)]
-struct Taken {
-    /// From the first probe to the instant, in nanoseconds.
-    took_ns: u64,
-    raw: Raw,
-    tick_stopped: Option<bool>,
-    /// Whether the kernel's division of the thread's CPU time proves nothing any more.
-    vtime_void: bool,
-    snapshot: Snapshot,
-    scale: Scale,
-    inputs: Inputs,
-    at: Presence,
-    claims: Claims,
 }
 
 #[cfg(test)]
