@@ -8,6 +8,7 @@ mod gtime;
 mod stamped;
 mod take;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -306,8 +307,13 @@ impl Account {
     fn published(&self, books: &Books) -> Option<Reading> {
         let said = books.said?;
         let (modes, elapsed_ns) = (books.ledger.modes(), books.ledger.elapsed_ns());
-        let reasons = ExitReason::ALL.iter().zip(&books.exits);
-        let by_reason = reasons.filter(|(_, exit)| exit.count > 0);
+        let (mut total, mut by_reason) = (0, BTreeMap::new());
+        for (reason, exit) in ExitReason::ALL.iter().zip(&books.exits) {
+            if exit.count > 0 {
+                total += exit.count;
+                by_reason.insert(reason.name().to_owned(), *exit);
+            }
+        }
         Some(Reading {
             index: self.index,
             tid: self.tid,
@@ -321,12 +327,7 @@ impl Account {
             pending: said.pending,
             gtime_bounds_ns: said.gtime_bounds_ns,
             source: said.source,
-            exits: Exits {
-                total: books.exits.iter().map(|exit| exit.count).sum(),
-                by_reason: by_reason
-                    .map(|(reason, &exit)| (reason.name().to_owned(), exit))
-                    .collect(),
-            },
+            exits: Exits { total, by_reason },
             host_cpu: said.host_cpu,
         })
     }

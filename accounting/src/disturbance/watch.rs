@@ -76,6 +76,7 @@ impl Watch {
     /// What is found, at the instant `now_ns`; fresh if the last look was a second ago or more. The caller says what it knows
     /// from its probes: the thread's time on a CPU, field 39 of its stat file, and its run_delay. That the thread is on another
     /// CPU than its own is noticed at once.
+    #[inline]
     pub fn look(&mut self, now_ns: u64, on_cpu_ns: u64, stat_processor: u32, run_delay_ns: u64) -> &Findings {
         if self.pinned.is_some_and(|cpu| cpu != stat_processor) {
             self.moved(&[stat_processor].into());
