@@ -209,13 +209,17 @@ fn reading_at_full_speed_restarts_no_tick_and_interrupts_nobody() {
             sleep(Duration::from_millis(10));
         }
         let idle = interrupts_during(|| sleep(SPAN));
-        let (readings, account) = (AtomicU64::new(0), guest.vcpu.account());
+        let (readings, elsewhere, account) = (AtomicU64::new(0), AtomicU64::new(0), guest.vcpu.account());
         let read = interrupts_during(|| {
             let begun = Instant::now();
             let reader = || {
                 while begun.elapsed() < SPAN {
                     let reading = account.read();
-                    assert_eq!((reading.state, reading.source), (VcpuState::Guest, source));
+                    assert_eq!(reading.source, source);
+                    // A kernel thread of the CPU may take it for an instant.
+                    if reading.state != VcpuState::Guest {
+                        elsewhere.fetch_add(1, Ordering::Relaxed);
+                    }
                     readings.fetch_add(1, Ordering::Relaxed);
                 }
             };
@@ -227,7 +231,12 @@ fn reading_at_full_speed_restarts_no_tick_and_interrupts_nobody() {
         println!(
             "source {}: {} readings in 5 s; local timer interrupts and function calls: {read:?}, with nobody reading {idle:?}",
             source.name(),
-            readings.into_inner(),
+            readings.load(Ordering::Relaxed),
+        );
+        let (readings, elsewhere) = (readings.into_inner(), elsewhere.into_inner());
+        assert!(
+            elsewhere * 1_000 <= readings,
+            "{elsewhere} of {readings} readings found it out of the guest"
         );
         let ticks = 5_000_000_000 / tick_ns();
         assert!(read.0 * 100 < ticks * 2, "the tick ran: {} of {ticks}", read.0);
