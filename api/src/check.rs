@@ -247,7 +247,7 @@ fn subject(kind: &str) -> &'static str {
 fn bpf(tried: Option<Result<(), NoBpf>>) -> Finding {
     let says = match tried {
         Some(Ok(())) => {
-            "guest time can be had to a microsecond, for some 0.2 us an exit (--gtime-source bpf)".to_owned()
+            "guest time can be had to a few microseconds, at a cost to every exit (--gtime-source bpf)".to_owned()
         }
         Some(Err(why)) => format!("not here: {why}; --gtime-source bpf and auto take the next source"),
         None => "not tried beside the microVM, which that would disturb: do so without --api-sock".to_owned(),

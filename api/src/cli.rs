@@ -119,8 +119,8 @@ impl Ignored {
 /// Where guest time comes from.
 #[derive(Args, Debug)]
 pub struct Gtime {
-    /// What guest time is derived from: "bpf" (stamps at KVM's tracepoints, by a BPF program: to a microsecond; needs root
-    /// and costs every exit some 0.2 us), "vtime" (the kernel's own, on a nohz_full CPU: to 14 ms), "oncpu" (any host) or
+    /// What guest time is derived from: "bpf" (stamps at KVM's tracepoints, by a BPF program: to a few microseconds; needs
+    /// root, and runs at every exit of every guest of the host), "vtime" (the kernel's own, on a nohz_full CPU: to 14 ms), "oncpu" (any host) or
     /// "auto", the first of them that this host has. One that it lacks gives way to the next; each reading names its own
     #[arg(long = "gtime-source", value_name = "SOURCE", default_value = "vtime")]
     pub source: GtimeSource,

@@ -5,7 +5,7 @@
 //! steps that were its own to those and all that it lost (`Program::burn`), with no allowance for entering and leaving it.
 //! Where KVM's tracepoints speak and the reading is by source `bpf`, which stamps there, it is held against the tracer's
 //! stamps of the same; the guest's own are printed beside it. `oncpu` cannot tell an entry or an exit from guest time. A dodger
-//! has one of each in a tick: a microsecond on a processor, 30 us on a software backend, 60 and more in an emulator, of 3.4 ms. Where they take
+//! has one of each in a tick: 30 us on a software backend, 60 and more in an emulator, of 3.4 ms. Where they take
 //! more than 1 % there is no telling whether a reading by `oncpu` is within 1 %, and the test says so and is skipped.
 //!
 //! The sources that the reading does not use are held to 1 % of what the guest burned with its entries and exits.
@@ -49,8 +49,8 @@ impl Round {
                 (truth.upper - truth.lower) / 1_000
             ));
         }
-        // A wait for the CPU at the end of a sleep looks like VMM time on a CPU: `oncpu` takes it off guest time. Half of the
-        // 1 % is left for it, so that it makes up for no more than that of what entries and exits add.
+        // Where in the VMM or in KVM_RUN it waited for its CPU, `oncpu` can only guess, so a wait may be taken off guest time or added
+        // to it. Half of the 1 % is left for that, so that it makes up for no more of what entries and exits add.
         let waited = b.counted(|k| k.run_delay_ns);
         if waited * 200 > least {
             return Some(format!("it waited {} us for its CPU", waited / 1_000));

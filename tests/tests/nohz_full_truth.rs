@@ -38,6 +38,16 @@ struct Run {
     slack_ns: u64,
 }
 
+/// Both clocks at once, the closest of a hundred, and how many ticks that took.
+fn paired() -> (Instant, u64) {
+    let pair = |()| {
+        let (before, now) = (ticks(), Instant::now());
+        (now, ticks() - before)
+    };
+    let pairs = [(); 100].map(pair);
+    *pairs.iter().min_by_key(|(_, apart)| *apart).expect("a hundred")
+}
+
 impl Run {
     fn of(program: &Program, samples: usize) -> Self {
         let before = Trace::start_for_children().expect("tracefs");
@@ -46,7 +56,7 @@ impl Run {
         let tid = guest.read().tid;
         let after = Trace::start(&[tid]).expect("tracefs");
         let kernel = Recording::start(&[tid]).expect("tracefs, and kprobes");
-        let from = Instant::now();
+        let (from, from_apart) = paired();
         guest.vcpu.resume();
         let samples = (0..samples).filter_map(|i| {
             sleep(Duration::from_millis(2 + i as u64 % 7));
@@ -57,19 +67,20 @@ impl Run {
         });
         let samples: Vec<_> = samples.collect();
         guest.vcpu.pause();
-        let to = Instant::now();
+        let (to, to_apart) = paired();
         let kernel = kernel.stop(tid).expect("the whole trace");
         let [before, after] = [before, after].map(|trace| trace.stop(tid).expect("the whole trace"));
         let kvm = between(&before, &after).expect("the same slices");
         // Each stamp of the programs is rounded down to a nanosecond; 2 more a stay are the kernel's
-        // (Documentation/core-api/timekeeping.rst, ktime_get_mono_fast_ns: not quite monotone at an update). The two clocks are
-        // paired within some microseconds in an emulator, at either end.
-        let slack_ns = 3 * kvm.len() as u64 + 10_000;
+        // (Documentation/core-api/timekeeping.rst, ktime_get_mono_fast_ns: not quite monotone at an update). Each of the two pairs
+        // of clocks may be as far apart as it took to read, which scales with the share of the time that was guest: at most 1.
+        let scale = Scale::of(from, to);
+        let slack_ns = 3 * kvm.len() as u64 + scale.to_ns(from_apart + to_apart);
         Self {
             samples,
             kvm,
             kernel,
-            scale: Scale::of(from, to),
+            scale,
             slack_ns,
         }
     }

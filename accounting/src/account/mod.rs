@@ -97,8 +97,6 @@ struct Books {
     steering: Steering,
     split: Split,
     ledger: Ledger,
-    /// Paused time, in nanoseconds.
-    paused_ns: u64,
     /// By [`ExitReason`]'s discriminant, as published.
     exits: [ExitTotals; ExitReason::COUNT],
     /// The last ones, empty at first.
@@ -162,7 +160,6 @@ impl Account {
                 steering: Steering::since(bracket.lead()),
                 split: Split::default(),
                 ledger: Ledger::default(),
-                paused_ns: 0,
                 exits: [ExitTotals::default(); ExitReason::COUNT],
                 histograms: Histograms {
                     index: open.index,
@@ -212,7 +209,8 @@ impl Account {
             .expect("open() took the first, with nobody writing")
     }
 
-    /// A reading, and what it was made of: each source's own claim, each probe's raw value. Costs some ten microseconds more.
+    /// A reading, and what it was made of: each source's own claim, each probe's raw value. Makes all the probes, of which a
+    /// reading leaves out what it can do without.
     /// `None` where [`Account::read`] would repeat its last reading.
     pub fn explain(&self) -> Option<Explained> {
         let mut books = self.books();

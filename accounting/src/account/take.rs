@@ -67,8 +67,7 @@ impl Account {
             inputs.utime = None;
         }
         // A scale that is better known may convert the same ticks to a nanosecond less.
-        inputs.paused_ns = inputs.paused_ns.max(books.paused_ns);
-        books.paused_ns = inputs.paused_ns;
+        inputs.paused_ns = inputs.paused_ns.max(books.ledger.modes().paused_ns);
         let at = books.split.presence(&inputs);
         let bpf = stamps.map(|time| {
             let steered = books.steering.seen(bracket.lead());

@@ -5,7 +5,7 @@
 //! `oncpu` go by where the kernel's accounting turns (`vtime_guest_enter`, `vtime_guest_exit`), `bpf` by KVM's tracepoints,
 //! which are inside of that at the entry and, where `kvm_exit` is passed late (Linux 6.1 on AMD, see
 //! [`crate::probe::bpf`]), a little outside at the exit. So on a guest that does nothing but exit the intervals of two
-//! sources need not meet: they part by some 100 ns an exit on hardware, and by 2 to 15 us in an emulator.
+//! sources need not meet: in an emulator they part by 2 to 15 us an exit, as measured; on hardware it has not been.
 //!
 //! | source | what it has | what it claims |
 //! |---|---|---|
@@ -17,8 +17,9 @@
 //! outside of the guest leaves out (`kernel/sched/cputime.c`, `task_gtime`); the stat file rounds down to 10 ms. So
 //! the truth is in `[stat, stat + 10 ms + tick]`, however long the vCPU lives. utime holds guest time, and lacks up
 //! to a tick of either: `VIRT + 2 ticks` is another upper end. What VIRT holds beside guest time is the VMM's, but V
-//! does not bound that from above, since the way from the kernel to the stamp and back is outside of V: at some
-//! 100 ns an exit a lower end made of `VIRT - V` would be false after some ten thousand exits, so there is none.
+//! does not bound that from above, since the way from the kernel to the stamp and back is outside of V: 3 to 9 us
+//! an exit, as measured in an emulator. However little it is, it adds up, and so a lower end made of `VIRT - V` would be
+//! false after enough exits: there is none.
 //!
 //! *oncpu.* The kernel samples, so its division of CPU time proves nothing. Guest time is at most the on-CPU time
 //! inside `KVM_RUN`; that less halt-polling is the estimate. That none of it was the kernel's, handling exits, cannot

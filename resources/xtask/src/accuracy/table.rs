@@ -34,7 +34,7 @@ between the two stamps that enclose a turn is the width of the truth.
 
 **Entries and exits.** Time in `KVM_RUN` that the guest did not see: KVM, before the guest's first instruction and after its last.
 Guest time, to the kernel and to every reading, begins where KVM has decided to enter the guest, so a part of it is guest
-time, which the stamps see and the guest does not. It is a microsecond an exit on a processor that virtualises, and 20 to 100 in an
+time, which the stamps see and the guest does not. It is 20 to 100 us an exit in an
 emulator or on a software backend. *oncpu* cannot tell it from guest time, and is mostly off by that.
 
 **Where.** In the emulated host, whose kernel is Debian's and whose KVM is kvm-amd, CPU 0 ticks and CPU 1 is `nohz_full`. On a ticking CPU
