@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! RSDP ─► XSDT ─┬─► FADT ─┬─► FACS
-//!               │         └─► DSDT: \_S5, COM1, PS/2 keyboard
+//!               │         └─► DSDT: \_S5, COM1, PS/2 keyboard, virtio-mmio devices
 //!               └─► MADT: local APICs, I/O APIC
 //! ```
 //!
@@ -10,7 +10,9 @@
 //! ports and no driver. Tables are of ACPI 6.5; section numbers below are that specification's.
 
 use acpi_tables::Aml;
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope, ZERO};
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate, Scope, ZERO,
+};
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -21,6 +23,7 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::devices::pm::{RESET_VALUE, SLEEP_TYPE_S5};
+use crate::devices::virtio::mmio::Window;
 use crate::layout;
 
 const OEM: [u8; 6] = *b"CHRONO";
@@ -41,18 +44,19 @@ const BOOT_ARCH: u16 = 1 | 1 << 1 | 1 << 2 | 1 << 5;
 #[error("cannot write the ACPI tables to guest memory: {0}; raise mem_size_mib to at least 1")]
 pub struct AcpiError(String);
 
-/// Writes the tables for `vcpus` vCPUs, whose APIC ids are their indices. Returns the RSDP's address.
+/// Writes the tables for `vcpus` vCPUs, whose APIC ids are their indices, and for the virtio devices behind `windows`. Returns
+/// the RSDP's address.
 ///
 /// # Errors
 /// The guest has no memory where they go.
-pub fn write(memory: &impl GuestMemoryBackend, vcpus: u8) -> Result<u64, AcpiError> {
+pub fn write(memory: &impl GuestMemoryBackend, vcpus: u8, windows: &[Window]) -> Result<u64, AcpiError> {
     // The RSDP goes first: a kernel that was not told its address finds it at the start of the BIOS area.
     let rsdp = layout::ACPI_TABLES;
     let mut place = Place {
         memory,
         next: rsdp + ALIGN,
     };
-    let dsdt = place.table(dsdt().as_slice())?;
+    let dsdt = place.table(dsdt(windows).as_slice())?;
     let facs = place.table(&bytes(&FACS::new()))?;
     let fadt = place.table(&bytes(&fadt(address_32(dsdt), address_32(facs)).finalize()))?;
     let madt = place.table(madt(vcpus).as_slice())?;
@@ -136,7 +140,7 @@ fn madt(vcpus: u8) -> Sdt {
     madt
 }
 
-fn dsdt() -> Sdt {
+fn dsdt(windows: &[Window]) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, OEM_TABLE, REVISION);
     // \_S5: what to write to SLP_TYP of PM1a and PM1b; two more that are reserved (7.4.2).
     Name::new(
@@ -177,7 +181,37 @@ fn dsdt() -> Sdt {
         ],
     )
     .to_aml_bytes(&mut dsdt);
+    for (uid, window) in (0u8..).zip(windows) {
+        virtio(uid, window, &mut dsdt);
+    }
     dsdt
+}
+
+/// LNRO0005 is the name that Linux's virtio_mmio driver knows (drivers/virtio/virtio_mmio.c).
+fn virtio(uid: u8, window: &Window, dsdt: &mut Sdt) {
+    let path = format!("VR{uid:02}");
+    let base = u32::try_from(window.base).expect("windows lie below 4 GiB");
+    let len = u32::try_from(Window::LEN).expect("a window is a page");
+    Scope::new(
+        Path::new("\\_SB_"),
+        vec![&Device::new(
+            Path::new(&path),
+            vec![
+                &Name::new(Path::new("_HID"), &"LNRO0005"),
+                &Name::new(Path::new("_UID"), &uid),
+                &Name::new(Path::new("_CCA"), &ONE),
+                &Name::new(
+                    Path::new("_CRS"),
+                    &ResourceTemplate::new(vec![
+                        &Memory32Fixed::new(true, base, len),
+                        // Edge, high, nobody else's: as KVM raises them.
+                        &Interrupt::new(true, true, false, false, window.irq),
+                    ]),
+                ),
+            ],
+        )],
+    )
+    .to_aml_bytes(dsdt);
 }
 
 #[cfg(test)]
@@ -188,7 +222,7 @@ mod tests {
 
     fn memory_with_tables(vcpus: u8) -> (GuestMemory, u64) {
         let memory = GuestMemory::new(1, HugePages::None).unwrap();
-        let rsdp = write(memory.view(), vcpus).unwrap();
+        let rsdp = write(memory.view(), vcpus, &[]).unwrap();
         (memory, rsdp)
     }
 

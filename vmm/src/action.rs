@@ -6,7 +6,7 @@ use accounting::Account;
 use serde::Serialize;
 
 use crate::boot::BootError;
-use crate::config::{BootSource, ConfigError, MachineConfig, MachineConfigUpdate, Pinning, VmConfig};
+use crate::config::{BootSource, ConfigError, Drive, MachineConfig, MachineConfigUpdate, Pinning, VmConfig};
 use crate::devices::i8042::KeysUnread;
 use crate::machine::StartError;
 
@@ -25,6 +25,8 @@ pub enum Action {
     PatchMachineConfig(MachineConfigUpdate),
     /// `PUT /boot-source`. Before start.
     PutBootSource(BootSource),
+    /// `PUT /drives/{id}`. Before start.
+    PutDrive(Drive),
     /// `run --pin`. Before start.
     SetPinning(Pinning),
     /// `PUT /actions InstanceStart`. Before start, with a boot source.

@@ -1,4 +1,4 @@
-//! The VMM thread: epoll over requests, the machine's events and the console, until the microVM has ended.
+//! The VMM thread: epoll over requests, the machine's events, its devices and the console, until the microVM has ended.
 //!
 //! It runs on housekeeping CPUs, sleeps when nobody wants anything, and is the only thread that changes the microVM's state.
 
@@ -83,9 +83,17 @@ fn run(mut manager: EventManager<Subscriber>, control: Control, console: Console
     let console = Rc::new(RefCell::new(console));
     manager.add_subscriber(Rc::clone(&control) as Subscriber);
     manager.add_subscriber(Rc::clone(&console) as Subscriber);
+    let mut devices_added = false;
     let end = loop {
         if let Some(end) = control.borrow().lifecycle.end() {
             break end.clone();
+        }
+        // Here, for no subscriber can add another while it is called.
+        if !devices_added && let Some(machine) = control.borrow().lifecycle.running() {
+            devices_added = true;
+            for events in machine.device_events() {
+                manager.add_subscriber(Rc::new(RefCell::new(events)));
+            }
         }
         if let Err(e) = manager.run() {
             break End::KvmError(format!(

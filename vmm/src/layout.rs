@@ -46,6 +46,14 @@ pub const ACPI_TABLES_END: u64 = 0x10_0000;
 /// Kernels are loaded from here up.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 
+/// The windows of virtio-mmio devices, one after the other, from here up. Where Firecracker had them before it had PCI: their
+/// command lines name it.
+pub const VIRTIO_MMIO: u64 = 0xd000_0000;
+/// Their interrupts, in order. Those below 16 first: a kernel that was told to do without ACPI knows no others, for it has only
+/// the two 8259s. Left out are the timer (0), the keyboard (1), the second 8259 (2), COM2 and COM1 (3, 4), the clock (8), ACPI
+/// (9), the mouse (12) and the coprocessor (13), which kernels take for what they are on a PC.
+pub const VIRTIO_IRQS: [u32; 15] = [5, 6, 7, 10, 11, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+
 /// I/O APIC: where KVM's in-kernel one answers.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Local APIC: its address after reset.

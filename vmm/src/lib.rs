@@ -11,13 +11,14 @@
 //! ```
 //!
 //! [`Vmm::spawn`] makes the VMM thread and nothing else; a machine exists between a successful [`Action::Start`] and the
-//! [`End`] ([`lifecycle`]). Building it reads top to bottom in [`machine`]: memory, ACPI tables, kernel, KVM, devices, vCPUs.
-//! After that the VMM thread ([`event_loop`]) only moves console bytes and answers requests.
+//! [`End`] ([`lifecycle`]). Building it reads top to bottom in [`machine`]: memory, devices, ACPI tables, kernel, KVM, vCPUs.
+//! After that the VMM thread ([`event_loop`]) moves console bytes, does the devices' work and answers requests.
 //!
 //! This crate knows nothing of HTTP, command lines or terminals: those are `api`'s. It keeps no time: that is `accounting`'s.
 
 pub mod acpi;
 pub mod action;
+pub mod attach;
 pub mod boot;
 pub mod config;
 mod console;

@@ -29,7 +29,7 @@ use accounting::Account;
 
 use crate::action::{Action, Info, Reply, RunState};
 use crate::boot::BootError;
-use crate::config::{BootSource, MachineConfig, MachineConfigUpdate, Pinning, VmConfig};
+use crate::config::{BootSource, Devices, MachineConfig, MachineConfigUpdate, Pinning, VmConfig};
 use crate::devices::MachineEvent;
 use crate::devices::i8042::KeysUnread;
 use crate::end::{self, End};
@@ -100,6 +100,7 @@ pub struct Lifecycle<B: Builder> {
     builder: B,
     machine_config: MachineConfig,
     boot_source: Option<BootSource>,
+    devices: Devices,
     pinning: Pinning,
     shared: Arc<Shared>,
     state: State<B::Machine>,
@@ -113,6 +114,7 @@ impl<B: Builder> Lifecycle<B> {
             builder,
             machine_config: MachineConfig::default(),
             boot_source: None,
+            devices: Devices::default(),
             pinning: Pinning::default(),
             shared,
             state: State::NotStarted,
@@ -125,6 +127,11 @@ impl<B: Builder> Lifecycle<B> {
             State::Ended(end) => Some(end),
             _ => None,
         }
+    }
+
+    /// The machine, from its start to its end.
+    pub fn running(&self) -> Option<&B::Machine> {
+        self.machine().ok()
     }
 
     /// Does `action`, or says why not.
@@ -154,6 +161,12 @@ impl<B: Builder> Lifecycle<B> {
                 self.before_start()?;
                 self.builder.check(&source)?;
                 self.boot_source = Some(source);
+            }
+            Action::PutDrive(drive) => {
+                self.before_start()?;
+                let drives = &mut self.devices.drives;
+                drives.retain(|known| known.drive_id != drive.drive_id);
+                drives.push(drive);
             }
             Action::SetPinning(pinning) => {
                 self.before_start()?;
@@ -226,6 +239,7 @@ impl<B: Builder> Lifecycle<B> {
         let plan = Plan {
             machine: self.machine_config.clone(),
             boot,
+            devices: self.devices.clone(),
             pinning: self.pinning.clone(),
         };
         let (machine, warnings) = self.builder.build(&plan)?;

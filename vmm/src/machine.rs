@@ -16,10 +16,13 @@ use vcpu::{Vcpu, VcpuConfig, VcpuError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::{self, AcpiError};
+use crate::attach::{self, AttachError, Attached};
 use crate::boot::{self, BootError};
-use crate::config::{BootSource, MachineConfig, Pinning};
+use crate::config::{BootSource, Devices, MachineConfig, Pinning};
 use crate::devices::i8042::KeysUnread;
 use crate::devices::ring::OutputRing;
+use crate::devices::virtio::DeviceEvents;
+use crate::devices::virtio::mmio::Transport;
 use crate::devices::{Bus, I8042, MachineEvent, Notifier, Pm, SerialPort};
 use crate::host;
 use crate::kvm::{self, CallError, KvmError, refused};
@@ -54,6 +57,9 @@ pub enum StartError {
     /// The boot source cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// A device cannot be had.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// No ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
@@ -83,6 +89,8 @@ pub struct Plan {
     pub machine: MachineConfig,
     /// The kernel.
     pub boot: BootSource,
+    /// virtio devices.
+    pub devices: Devices,
     /// Host CPUs for the vCPUs.
     pub pinning: Pinning,
 }
@@ -111,8 +119,9 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     bus: Arc<Bus>,
     ring: Arc<OutputRing>,
+    attached: Attached,
     _vm: VmFd,
-    _memory: GuestMemory,
+    _memory: Arc<GuestMemory>,
 }
 
 impl Machine {
@@ -127,9 +136,12 @@ impl Machine {
         let choice = pin::choose(cpus, &plan.pinning, usize::from(vcpus))?;
         let kvm = kvm::open()?;
 
-        let memory = GuestMemory::new(plan.machine.mem_size_mib, plan.machine.huge_pages)?;
-        let rsdp = acpi::write(memory.view(), vcpus)?;
-        let entry = boot::load(&plan.boot, &memory, rsdp)?;
+        let memory = Arc::new(GuestMemory::new(plan.machine.mem_size_mib, plan.machine.huge_pages)?);
+        let (attached, virtio) = attach::build(&plan.devices, &memory)?;
+        let windows = attach::windows(virtio.len());
+        let rsdp = acpi::write(memory.view(), vcpus, &windows)?;
+        let added = attach::command_line(&plan.devices, &windows);
+        let entry = boot::load(&plan.boot, &added, &memory, rsdp)?;
         boot::regs::write_tables(memory.view(), entry)?;
         if entry.operating_system {
             check_backend(&kvm, &plan.boot)?;
@@ -141,12 +153,14 @@ impl Machine {
             serial: Arc::clone(&around.serial),
             i8042: I8042::new().map_err(&eventfd)?,
             pm: Pm::default(),
+            virtio,
             notifier: Notifier::new(around.events.clone(), around.wake.try_clone().map_err(&eventfd)?),
         });
         vm.register_irqfd(bus.serial.interrupt(), COM1_IRQ)
             .map_err(refused("connect COM1's interrupt"))?;
         vm.register_irqfd(bus.i8042.interrupt(), KEYBOARD_IRQ)
             .map_err(refused("connect the keyboard's interrupt"))?;
+        attach::connect(&vm, &bus.virtio)?;
 
         let supported = setup::cpuid::supported(&kvm).map_err(refused("say which CPUID it supports"))?;
         let topology = Topology {
@@ -195,6 +209,7 @@ impl Machine {
             vcpus: spawned?,
             bus,
             ring: Arc::clone(&around.ring),
+            attached,
             _vm: vm,
             _memory: memory,
         };
@@ -206,6 +221,18 @@ impl Machine {
     #[must_use]
     pub fn accounts(&self) -> Vec<Arc<Account>> {
         self.vcpus.iter().map(|vcpu| Arc::clone(vcpu.account())).collect()
+    }
+
+    /// The devices' sides of the event loop.
+    #[must_use]
+    pub fn device_events(&self) -> Vec<DeviceEvents> {
+        self.bus.virtio.iter().map(Transport::events).collect()
+    }
+
+    /// The devices, by what they are.
+    #[must_use]
+    pub fn attached(&self) -> &Attached {
+        &self.attached
     }
 
     /// Sets every vCPU running.

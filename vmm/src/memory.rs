@@ -10,9 +10,7 @@
 use std::ptr;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion};
 
 use crate::config::HugePages;
 use crate::layout::{HOLE_END, HOLE_START};
@@ -115,9 +113,9 @@ impl GuestMemory {
         })
     }
 
-    /// The memory by guest address. Not the type itself, which could be cloned and so outlive the mappings.
+    /// The memory by guest address. Never cloned: a clone could outlive the mappings.
     #[must_use]
-    pub fn view(&self) -> &impl GuestMemoryBackend {
+    pub fn view(&self) -> &GuestMemoryMmap {
         &self.view
     }
 
@@ -254,7 +252,7 @@ impl Drop for Mapping {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestMemoryBackend};
 
     const HOST: u64 = 1 << 20;
 

@@ -175,20 +175,31 @@ fn cmdline(source: &BootSource) -> &str {
     source.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS)
 }
 
-/// Loads `source` into `memory`; `rsdp` is where the ACPI tables start. Says where the first vCPU has to enter.
+/// Loads `source` into `memory`, `added` on its command line; `rsdp` is where the ACPI tables start. Says where the first vCPU
+/// has to enter.
 ///
 /// # Errors
 /// See [`BootError`].
-pub fn load(source: &BootSource, memory: &GuestMemory, rsdp: u64) -> Result<Entry, BootError> {
+pub fn load(source: &BootSource, added: &str, memory: &GuestMemory, rsdp: u64) -> Result<Entry, BootError> {
     let kernel = kernel::load(&source.kernel_image_path, memory)?;
-    let cmdline = cmdline(source);
-    load_cmdline(cmdline, kernel.cmdline_max(), memory)?;
+    let cmdline = with(cmdline(source), added);
+    load_cmdline(&cmdline, kernel.cmdline_max(), memory)?;
     let initrd = match &source.initrd_path {
         Some(path) => Some(initrd::load(path, memory, kernel.end, kernel.initrd_end())?),
         None => None,
     };
     params::write(memory, &kernel, cmdline.len(), initrd, rsdp)?;
     Ok(kernel.entry)
+}
+
+/// `added` before what is meant for init, which starts behind " -- ".
+fn with(cmdline: &str, added: &str) -> String {
+    let (kernel, init) = cmdline.find(" -- ").map_or((cmdline, ""), |at| cmdline.split_at(at));
+    if added.is_empty() || kernel.is_empty() {
+        format!("{kernel}{added}{init}")
+    } else {
+        format!("{kernel} {added}{init}")
+    }
 }
 
 /// `max`: how many bytes the kernel will read, its NUL not counted.
@@ -265,6 +276,13 @@ mod tests {
             .read_slice(&mut bytes, GuestAddress(layout::CMDLINE))
             .unwrap();
         assert_eq!(&bytes, b"quiet\0\xff");
+    }
+
+    #[test]
+    fn what_devices_add_to_the_command_line_comes_before_what_is_for_init() {
+        assert_eq!(with("quiet", "root=/dev/vda rw"), "quiet root=/dev/vda rw");
+        assert_eq!(with("quiet -- single", "ro"), "quiet ro -- single");
+        assert_eq!((with("", "ro").as_str(), with("quiet", "").as_str()), ("ro", "quiet"));
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! The guest's devices, and the bus that finds them: what a vCPU's exits arrive at.
 //!
-//! The bus is fixed when the machine is built: a `match` on ports, no table and no lock. Each device locks itself, for as long
+//! The bus is fixed when the machine is built: a `match` on ports, an index by address, no lock. Each device locks itself, for as long
 //! as it takes to read or write one register. An address nobody claims reads as all ones and swallows writes, as on a PC.
 
 pub mod i8042;
 pub mod pm;
 pub mod ring;
 pub mod serial;
+pub mod virtio;
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -14,7 +15,9 @@ use std::sync::mpsc::Sender;
 use vcpu::{ExitHandler, VcpuEnd};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::layout::{COM1_LEN, COM1_PORT, I8042_COMMAND, I8042_DATA, PM_LEN, PM_PORT};
+use crate::layout::{COM1_LEN, COM1_PORT, I8042_COMMAND, I8042_DATA, PM_LEN, PM_PORT, VIRTIO_MMIO};
+
+use virtio::mmio::{Transport, Window};
 
 pub use i8042::I8042;
 pub use pm::Pm;
@@ -66,6 +69,8 @@ pub struct Bus {
     pub i8042: I8042,
     /// ACPI's fixed hardware.
     pub pm: Pm,
+    /// virtio devices, in the order of their windows.
+    pub virtio: Vec<Transport>,
     /// Where a guest's wish to end goes.
     pub notifier: Notifier,
 }
@@ -105,14 +110,30 @@ impl ExitHandler for Bus {
         }
     }
 
-    fn mmio_read(&self, _addr: u64, data: &mut [u8]) {
+    fn mmio_read(&self, addr: u64, data: &mut [u8]) {
         data.fill(0xff);
+        if let Some((transport, offset)) = self.virtio(addr) {
+            transport.read(offset, data);
+        }
     }
 
-    fn mmio_write(&self, _addr: u64, _data: &[u8]) {}
+    fn mmio_write(&self, addr: u64, data: &[u8]) {
+        if let Some((transport, offset)) = self.virtio(addr) {
+            transport.write(offset, data);
+        }
+    }
 
     fn ended(&self, index: u32, end: VcpuEnd) {
         self.notifier.send(MachineEvent::Vcpu { index, end });
+    }
+}
+
+impl Bus {
+    /// The virtio device at `addr`, and the offset in its window.
+    fn virtio(&self, addr: u64) -> Option<(&Transport, u64)> {
+        let at = addr.checked_sub(VIRTIO_MMIO)?;
+        let transport = self.virtio.get(usize::try_from(at / Window::LEN).ok()?)?;
+        Some((transport, at % Window::LEN))
     }
 }
 
@@ -143,6 +164,7 @@ mod tests {
             serial: Arc::new(SerialPort::new(Arc::clone(&ring)).unwrap()),
             i8042: I8042::new().unwrap(),
             pm: Pm::default(),
+            virtio: Vec::new(),
             notifier: Notifier::new(events, EventFd::new(libc::EFD_NONBLOCK).unwrap()),
         };
         (bus, heard, ring)

@@ -1,9 +1,17 @@
-//! What a microVM is made of: the shapes of Firecracker's `/machine-config` and `/boot-source`, and what each may hold.
+//! What a microVM is made of: the shapes of Firecracker's `/machine-config` and `/boot-source`, and what each may hold; its
+//! devices' are in `device.rs`.
+
+mod device;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize};
 pub use vcpu::pin::Pinning;
+
+pub use device::{
+    Balloon, BalloonStatsUpdate, BalloonUpdate, CacheType, Devices, Drive, DriveUpdate, Entropy, IoEngine, MacAddr,
+    NetworkInterface, NetworkInterfaceUpdate, RateLimiter, TokenBucket, Vsock,
+};
 
 /// Largest number of vCPUs.
 pub const MAX_VCPUS: u8 = 32;

@@ -1,0 +1,501 @@
+//! The block device (5.2): a raw file, or a block device of the host's, as a disk of 512-byte sectors.
+//!
+//! Requests are parsed in `request.rs` and reach the file by one of two engines: `sync.rs`, one after the other, or
+//! `uring.rs`, many at once. Bounds are exact to the sector; a request that leaves them, or a file that fails, is answered by
+//! its status byte, and nothing else is changed by it.
+//!
+//! `cache_type` Writeback offers the driver a flush, which is an `fdatasync`; Unsafe offers none, as Firecracker's does, and a
+//! driver that flushes all the same is told that it is done.
+
+mod request;
+mod sync;
+mod uring;
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use event_manager::EventSet;
+use serde::Serialize;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::queue::QueueError;
+use super::rate_limiter::RateLimiter;
+use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
+use crate::config::{self, CacheType, Drive, IoEngine};
+use request::{Kind, Request};
+use uring::Uring;
+
+/// Bytes in a sector, whatever the file's own.
+const SECTOR: u64 = 512;
+/// Requests at once: Linux's default for a disk.
+const QUEUE_SIZE: u16 = 256;
+/// Pieces of memory in one request: all of a queue, less its head and its status.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+
+/// Feature: `seg_max` is in the configuration space. A driver that does not find it sends pages one by one.
+const F_SEG_MAX: u64 = 1 << 2;
+/// Feature: the disk cannot be written.
+const F_RO: u64 = 1 << 5;
+/// Feature: flush is a command.
+const F_FLUSH: u64 = 1 << 9;
+
+/// Status byte of a request (5.2.6).
+const S_OK: u8 = 0;
+const S_IOERR: u8 = 1;
+const S_UNSUPP: u8 = 2;
+
+/// Why there is no disk.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BlockError {
+    /// The file cannot be opened.
+    #[error("drive {drive}: cannot open {}: {source}; check the path and its permissions, or make the drive read-only", path.display())]
+    Open {
+        /// The drive.
+        drive: String,
+        /// Its file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A directory, a pipe, a socket.
+    #[error("drive {drive}: {} is neither a regular file nor a block device: name a raw image", path.display())]
+    NotADisk {
+        /// The drive.
+        drive: String,
+        /// Its file.
+        path: PathBuf,
+    },
+    /// Less than a sector.
+    #[error("drive {drive}: {} has {len} bytes, less than one sector of 512: is it an image?", path.display())]
+    TooSmall {
+        /// The drive.
+        drive: String,
+        /// Its file.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+    },
+    /// No file at all.
+    #[error("drive {drive} has no path_on_host: name its image")]
+    NoPath {
+        /// The drive.
+        drive: String,
+    },
+    /// No io_uring.
+    #[error(
+        "drive {drive}: this host has no io_uring for io_engine Async: {source}; use Linux 5.10 or later with \
+         kernel.io_uring_disabled=0, or io_engine Sync"
+    )]
+    Uring {
+        /// The drive.
+        drive: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// No descriptors.
+    #[error("drive {drive}: cannot make its timer: {source}; raise the limit on open files (ulimit -n)")]
+    Timer {
+        /// The drive.
+        drive: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// What a disk did, since its start.
+#[derive(Debug, Default, Serialize)]
+pub struct BlockMetrics {
+    /// Requests to read that were done.
+    pub read_count: AtomicU64,
+    /// Bytes read.
+    pub read_bytes: AtomicU64,
+    /// Requests to write that were done.
+    pub write_count: AtomicU64,
+    /// Bytes written.
+    pub write_bytes: AtomicU64,
+    /// Flushes that were done.
+    pub flush_count: AtomicU64,
+    /// Requests that were answered by an error.
+    pub invalid_reqs_count: AtomicU64,
+    /// How often the rate limiter made the driver wait.
+    pub rate_limiter_throttled_events: AtomicU64,
+}
+
+/// The file behind a disk.
+#[derive(Debug)]
+struct Disk {
+    file: Arc<File>,
+    sectors: u64,
+    id: [u8; 20],
+}
+
+impl Disk {
+    fn open(drive: &str, path: &Path, read_only: bool) -> Result<Self, BlockError> {
+        let cannot = |source| BlockError::Open {
+            drive: drive.into(),
+            path: path.into(),
+            source,
+        };
+        // Not blocking: opening a named pipe would wait for its other end. On what is opened for good it has no effect.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(cannot)?;
+        let metadata = file.metadata().map_err(cannot)?;
+        let kind = metadata.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(BlockError::NotADisk {
+                drive: drive.into(),
+                path: path.into(),
+            });
+        }
+        // A block device has its length where its end is.
+        let len = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| cannot(e.into()))?;
+        if len < SECTOR {
+            return Err(BlockError::TooSmall {
+                drive: drive.into(),
+                path: path.into(),
+                len,
+            });
+        }
+        if len % SECTOR != 0 {
+            tracing::warn!(
+                "drive {drive}: the last {} bytes of {} make no sector: the guest does not see them",
+                len % SECTOR,
+                path.display()
+            );
+        }
+        Ok(Self {
+            id: id(metadata.dev(), metadata.rdev(), metadata.ino()),
+            sectors: len / SECTOR,
+            file: Arc::new(file),
+        })
+    }
+}
+
+/// What the driver gets for the disk's serial number: the file's own, as Firecracker's, cut to what there is room for.
+fn id(dev: u64, rdev: u64, ino: u64) -> [u8; 20] {
+    let text = format!("{dev}{rdev}{ino}");
+    let mut id = [0; 20];
+    for (to, from) in id.iter_mut().zip(text.bytes()) {
+        *to = from;
+    }
+    id
+}
+
+#[derive(Debug)]
+enum Engine {
+    Sync,
+    Async(Box<Uring>),
+}
+
+/// A disk.
+#[derive(Debug)]
+pub struct Block {
+    drive: String,
+    read_only: bool,
+    cache: CacheType,
+    disk: Disk,
+    engine: Engine,
+    limiter: RateLimiter,
+    metrics: Arc<BlockMetrics>,
+    active: Option<Active>,
+}
+
+impl Block {
+    /// The disk that `drive` describes.
+    ///
+    /// # Errors
+    /// See [`BlockError`].
+    pub fn new(drive: &Drive) -> Result<Self, BlockError> {
+        let name = &drive.drive_id;
+        let path = drive
+            .path_on_host
+            .as_deref()
+            .ok_or_else(|| BlockError::NoPath { drive: name.clone() })?;
+        let disk = Disk::open(name, path, drive.is_read_only)?;
+        let engine = match drive.io_engine {
+            IoEngine::Sync => Engine::Sync,
+            IoEngine::Async => Engine::Async(Box::new(Uring::new(QUEUE_SIZE).map_err(|source| {
+                BlockError::Uring {
+                    drive: name.clone(),
+                    source,
+                }
+            })?)),
+        };
+        let limiter = RateLimiter::new(drive.rate_limiter).map_err(|source| BlockError::Timer {
+            drive: name.clone(),
+            source,
+        })?;
+        Ok(Self {
+            drive: name.clone(),
+            read_only: drive.is_read_only,
+            cache: drive.cache_type,
+            disk,
+            engine,
+            limiter,
+            metrics: Arc::default(),
+            active: None,
+        })
+    }
+
+    /// What it did so far.
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<BlockMetrics> {
+        &self.metrics
+    }
+
+    /// Another file, or the same one with another length: the driver is told the new length. Requests under way finish first.
+    ///
+    /// # Errors
+    /// The file cannot be had; the disk stays what it was.
+    pub fn set_file(&mut self, path: &Path) -> Result<(), BlockError> {
+        let disk = Disk::open(&self.drive, path, self.read_only)?;
+        self.settle();
+        self.disk = disk;
+        if let Some(active) = &self.active {
+            active.interrupt.signal_config();
+        }
+        Ok(())
+    }
+
+    /// Other limits; what waits for the old ones is tried anew.
+    pub fn set_rate_limiter(&mut self, config: config::RateLimiter) {
+        self.limiter.update(config, Instant::now());
+    }
+
+    /// Waits for the requests under way, and answers them.
+    fn settle(&mut self) {
+        if let (Engine::Async(uring), Some(active)) = (&mut self.engine, &mut self.active) {
+            uring.wait();
+            // A ring that cannot be written any more has no driver that waits.
+            let _ = answer(uring, active, &self.metrics);
+        }
+    }
+
+    /// Takes requests from the driver, at most a queue's length of them, and starts or does them. True if there may be more.
+    fn take(&mut self) -> Result<bool, QueueError> {
+        let Some(active) = &mut self.active else {
+            return Ok(false);
+        };
+        let memory = Arc::clone(&active.memory);
+        let memory = memory.view();
+        for _ in 0..active.queues[0].size() {
+            if let Engine::Async(uring) = &self.engine
+                && uring.is_full()
+            {
+                // The next completion goes on here.
+                return Ok(false);
+            }
+            let Some(chain) = active.queues[0].pop(memory)? else {
+                return active.queues[0].listen(memory);
+            };
+            let head = chain.head;
+            let request = Request::parse(chain, self.disk.sectors, self.read_only)?;
+            if let Ok(request) = &request.checked
+                && !self.limiter.take(1, request.bytes(), Instant::now())
+            {
+                active.queues[0].unpop();
+                count(&self.metrics.rate_limiter_throttled_events, 1);
+                return Ok(false);
+            }
+            let done = match (request.checked, &mut self.engine) {
+                (Err(status), _) => Done::failed(status),
+                (Ok(Kind::Id(mut to)), _) => {
+                    let len = to.write(&self.disk.id);
+                    Done::written(len as u64)
+                }
+                (Ok(Kind::Flush), _) if self.cache == CacheType::Unsafe => Done::written(0),
+                (Ok(kind), Engine::Sync) => {
+                    let bytes = kind.bytes();
+                    let done = sync::run(&self.disk.file, &kind).map(|()| kind.written_to_guest());
+                    let done = Done::of(done, &self.drive);
+                    done.count(&self.metrics, kind.operation(), bytes);
+                    done
+                }
+                (Ok(kind), Engine::Async(uring)) => {
+                    uring.start(Arc::clone(&self.disk.file), &kind, head, request.status);
+                    continue;
+                }
+            };
+            if done.status != S_OK {
+                count(&self.metrics.invalid_reqs_count, 1);
+            }
+            done.tell(active, head, request.status)?;
+        }
+        Ok(true)
+    }
+
+    /// As [`Block::take`], and what belongs around it.
+    fn serve(&mut self) -> Result<(), QueueError> {
+        if self.limiter.is_waiting() {
+            return Ok(());
+        }
+        let more = self.take()?;
+        if let Engine::Async(uring) = &mut self.engine {
+            uring.submit();
+        }
+        let Some(active) = &mut self.active else { return Ok(()) };
+        signal(active)?;
+        if more {
+            active.again(0);
+        }
+        Ok(())
+    }
+}
+
+fn signal(active: &mut Active) -> Result<(), QueueError> {
+    if active.queues[0].wants_signal(active.memory.view())? {
+        active.interrupt.signal_used();
+    }
+    Ok(())
+}
+
+/// Answers what the engine has done.
+fn answer(uring: &mut Uring, active: &mut Active, metrics: &BlockMetrics) -> Result<(), QueueError> {
+    while let Some(completed) = uring.next_completed() {
+        let done = Done::of(completed.result, "a drive");
+        done.count(metrics, completed.operation, completed.bytes);
+        if done.status != S_OK {
+            count(&metrics.invalid_reqs_count, 1);
+        }
+        done.tell(active, completed.head, completed.status)?;
+    }
+    signal(active)
+}
+
+fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+/// How a request ended.
+struct Done {
+    status: u8,
+    /// Bytes written into the guest's buffers, the status byte not counted.
+    written: u64,
+}
+
+impl Done {
+    fn failed(status: u8) -> Self {
+        Self { status, written: 0 }
+    }
+
+    fn written(written: u64) -> Self {
+        Self { status: S_OK, written }
+    }
+
+    fn of(result: std::io::Result<u64>, drive: &str) -> Self {
+        result.map_or_else(
+            |error| {
+                tracing::warn!("drive {drive}: a request failed: {error}");
+                Self::failed(S_IOERR)
+            },
+            Self::written,
+        )
+    }
+
+    fn count(&self, metrics: &BlockMetrics, operation: request::Operation, bytes: u64) {
+        use request::Operation::{Flush, Read, Write};
+        if self.status != S_OK {
+            return;
+        }
+        let (requests, of_bytes) = match operation {
+            Read => (&metrics.read_count, Some(&metrics.read_bytes)),
+            Write => (&metrics.write_count, Some(&metrics.write_bytes)),
+            Flush => (&metrics.flush_count, None),
+        };
+        count(requests, 1);
+        if let Some(of_bytes) = of_bytes {
+            count(of_bytes, bytes);
+        }
+    }
+
+    /// Writes the status byte and gives the chain back.
+    fn tell(&self, active: &mut Active, head: u16, status: GuestAddress) -> Result<(), QueueError> {
+        let memory: &GuestMemoryMmap = active.memory.view();
+        let shape = |_| QueueError::Shape {
+            head,
+            what: "has no status byte in guest memory",
+        };
+        memory.write_obj(self.status, status).map_err(shape)?;
+        let len = u32::try_from(self.written + 1).unwrap_or(u32::MAX);
+        active.queues[0].give_back(memory, head, len)
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        2
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = F_EVENT_IDX | F_INDIRECT_DESC | F_SEG_MAX;
+        if self.read_only {
+            features |= F_RO;
+        }
+        if self.cache == CacheType::Writeback {
+            features |= F_FLUSH;
+        }
+        features
+    }
+
+    /// `capacity`, `size_max` (which is not offered), `seg_max`.
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let mut config = [0; 16];
+        config[..8].copy_from_slice(&self.disk.sectors.to_le_bytes());
+        config[12..].copy_from_slice(&SEG_MAX.to_le_bytes());
+        super::copy_config(&config, offset, data);
+    }
+
+    fn activate(&mut self, active: Active) {
+        self.active = Some(active);
+    }
+
+    fn reset(&mut self) {
+        if let Engine::Async(uring) = &mut self.engine {
+            uring.wait();
+            uring.forget();
+        }
+        self.active = None;
+    }
+
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
+        let mut sources = vec![(self.limiter.as_raw_fd(), EventSet::IN)];
+        if let Engine::Async(uring) = &self.engine {
+            sources.push((uring.as_raw_fd(), EventSet::IN));
+        }
+        sources
+    }
+
+    fn notified(&mut self, _queue: usize) -> Result<(), QueueError> {
+        self.serve()
+    }
+
+    fn ready(&mut self, source: usize) -> Result<(), QueueError> {
+        if source == 0 {
+            self.limiter.expired();
+        } else if let Engine::Async(uring) = &mut self.engine {
+            uring.hear();
+            if let Some(active) = &mut self.active {
+                answer(uring, active, &self.metrics)?;
+            }
+        }
+        // Room in the engine, or tokens: for what has waited.
+        self.serve()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,232 @@
+//! virtio devices over MMIO (Virtual I/O Device specification 1.2; section numbers below are its).
+//!
+//! ```text
+//!  vCPU threads                     the VMM thread
+//!  registers ──► mmio.rs ── lock ──► ┌────────────────┐ ◄── queue notifications (ioeventfd: no exit of ours)
+//!                (one Transport a    │ VirtioDevice   │ ◄── its own descriptors: taps, sockets, timers, io_uring
+//!                device)             │  over Queue    │
+//!  interrupt ◄── Interrupt ◄──────── └────────────────┘
+//! ```
+//!
+//! A device does its work on the VMM thread. A vCPU thread reaches it only to set it up, to reset it and for its configuration
+//! space, none of which is on the way of a request; the registers that an interrupt handler reads are atomics.
+//!
+//! The driver is hostile. [`queue::Queue`] is where all it writes to its rings enters: a chain comes out of it whole and inside of
+//! guest memory, or not at all. A ring or chain that breaks the rules breaks the device: it asks for a reset
+//! (`DEVICE_NEEDS_RESET`, 2.1.2) and does nothing until it gets one. A request that is well-formed and wrong is answered
+//! by the request's own status.
+//!
+//! Nobody is held up: a device takes at most a queue's length of chains for each notification, then lets others run.
+
+pub mod block;
+pub mod mmio;
+pub mod queue;
+pub mod rate_limiter;
+
+use std::fmt::Debug;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestMemory;
+use queue::{Queue, QueueError};
+
+/// `VIRTIO_F_VERSION_1`: the only kind of device there is here (6).
+pub const F_VERSION_1: u64 = 1 << 32;
+/// `VIRTIO_F_EVENT_IDX`: each side says when it next wants to hear from the other (2.7.10).
+pub const F_EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_INDIRECT_DESC`: chains in tables of their own (2.7.5.3).
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+
+/// A device, whatever its transport.
+pub trait VirtioDevice: Debug + Send {
+    /// Its number (5).
+    fn device_type(&self) -> u32;
+
+    /// Each queue's largest size, a power of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// What it offers, beside `VIRTIO_F_VERSION_1`, which is always offered and has to be taken.
+    fn features(&self) -> u64;
+
+    /// The driver reads `data.len()` bytes of configuration space at `offset`. `data` is zeros: what lies outside stays so.
+    fn read_config(&self, offset: usize, data: &mut [u8]);
+
+    /// The driver writes configuration space. Most devices have nothing to write there.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
+    /// The driver is ready (`DRIVER_OK`). Every queue is notified once after this. Called on a vCPU thread: no I/O here.
+    fn activate(&mut self, active: Active);
+
+    /// Back to what it was before [`VirtioDevice::activate`]: [`Active`] is dropped, and nothing of guest memory is written any
+    /// more once this returns.
+    fn reset(&mut self);
+
+    /// What else it waits for: a descriptor each, valid as long as the device. [`EventSet::EDGE_TRIGGERED`] where readiness
+    /// may last.
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
+        Vec::new()
+    }
+
+    /// The driver put something into `queue`, or the device was activated.
+    ///
+    /// # Errors
+    /// The driver broke the rules: the device is reset, and marked as one that its driver has to reset.
+    fn notified(&mut self, queue: usize) -> Result<(), QueueError>;
+
+    /// A descriptor of [`VirtioDevice::sources`], by its place there, is ready. Called whether the device is active or not.
+    ///
+    /// # Errors
+    /// As [`VirtioDevice::notified`].
+    fn ready(&mut self, _source: usize) -> Result<(), QueueError> {
+        Ok(())
+    }
+}
+
+/// What a device works with while its driver runs it.
+#[derive(Debug)]
+pub struct Active {
+    /// Guest memory.
+    pub memory: Arc<GuestMemory>,
+    /// Its queues, by their numbers; those the driver left out are not ready and give nothing.
+    pub queues: Vec<Queue>,
+    /// The features that the driver took, of those offered.
+    pub features: u64,
+    /// How the driver is told.
+    pub interrupt: Arc<Interrupt>,
+    /// The queues' notifications: see [`Active::again`].
+    pub(crate) notifications: Arc<Vec<EventFd>>,
+}
+
+impl Active {
+    /// Has the device notified of `queue` once more, after others had their turn: there is more in it than one turn takes.
+    pub fn again(&self, queue: usize) {
+        if let Some(notification) = self.notifications.get(queue) {
+            // Fails only where it is as notified as it can be.
+            let _ = notification.write(1);
+        }
+    }
+}
+
+/// The part of `config` at `offset`, as [`VirtioDevice::read_config`] gives it.
+fn copy_config(config: &[u8], offset: usize, data: &mut [u8]) {
+    let from = config.get(offset..).unwrap_or_default();
+    let len = from.len().min(data.len());
+    data[..len].copy_from_slice(&from[..len]);
+}
+
+/// A device's interrupt line, and the register that says why it was raised (4.2.2).
+#[derive(Debug)]
+pub struct Interrupt {
+    line: EventFd,
+    status: AtomicU32,
+    generation: AtomicU32,
+    needs_reset: AtomicBool,
+}
+
+/// Interrupt status: a queue has used buffers.
+const USED: u32 = 1;
+/// Interrupt status: configuration space, or the device's status, changed.
+const CONFIG: u32 = 2;
+
+impl Interrupt {
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            line: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            status: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
+            needs_reset: AtomicBool::new(false),
+        })
+    }
+
+    /// A queue has used buffers that the driver wants to hear of: [`Queue::wants_signal`] says whether it does.
+    pub fn signal_used(&self) {
+        self.raise(USED);
+    }
+
+    /// Configuration space reads differently now.
+    pub fn signal_config(&self) {
+        self.generation.fetch_add(1, Ordering::Relaxed);
+        self.raise(CONFIG);
+    }
+
+    fn raise(&self, why: u32) {
+        self.status.fetch_or(why, Ordering::Release);
+        // Fails only where it is as pending as it can be.
+        let _ = self.line.write(1);
+    }
+
+    fn set_needs_reset(&self) {
+        self.needs_reset.store(true, Ordering::Release);
+        self.raise(CONFIG);
+    }
+
+    /// Whether the device waits for its driver to reset it.
+    #[must_use]
+    pub fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::Acquire)
+    }
+
+    fn clear(&self) {
+        self.status.store(0, Ordering::Relaxed);
+        self.needs_reset.store(false, Ordering::Relaxed);
+    }
+
+    /// The line, for KVM.
+    #[must_use]
+    pub fn line(&self) -> &EventFd {
+        &self.line
+    }
+}
+
+/// A device shared by its transport, the VMM thread's event loop, and whoever changes it by request.
+pub type Shared = Arc<Mutex<dyn VirtioDevice>>;
+
+/// A device's side of the VMM thread's event loop.
+#[derive(Debug)]
+pub struct DeviceEvents {
+    name: String,
+    device: Shared,
+    notifications: Arc<Vec<EventFd>>,
+    interrupt: Arc<Interrupt>,
+}
+
+impl MutEventSubscriber for DeviceEvents {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        let mut device = self.device.lock().expect("no holder of this lock panics");
+        let place = events.data() as usize;
+        let result = match self.notifications.get(place) {
+            Some(notification) => {
+                let _ = notification.read();
+                device.notified(place)
+            }
+            None => device.ready(place - self.notifications.len()),
+        };
+        if let Err(error) = result {
+            tracing::warn!(
+                "{}: its driver broke the rules: {error}; it does nothing until it is reset",
+                self.name
+            );
+            device.reset();
+            self.interrupt.set_needs_reset();
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        let sources = self.device.lock().expect("no holder of this lock panics").sources();
+        let queues = self
+            .notifications
+            .iter()
+            .map(|fd| (std::os::fd::AsRawFd::as_raw_fd(fd), EventSet::IN));
+        for ((fd, set), data) in queues.chain(sources).zip(0..) {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, data, set)) {
+                tracing::error!("{}: the VMM cannot wait for its events: {error}", self.name);
+            }
+        }
+    }
+}
