@@ -22,9 +22,11 @@ pub mod block;
 pub mod mmio;
 pub mod queue;
 pub mod rate_limiter;
+#[cfg(test)]
+pub mod testing;
 
 use std::fmt::Debug;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -196,10 +198,17 @@ pub struct DeviceEvents {
     interrupt: Arc<Interrupt>,
 }
 
-impl MutEventSubscriber for DeviceEvents {
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+impl DeviceEvents {
+    /// All that it waits for: its queues' notifications, then the device's own sources.
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
+        let queues = self.notifications.iter().map(|fd| (fd.as_raw_fd(), EventSet::IN));
+        let device = self.device.lock().expect("no holder of this lock panics");
+        queues.chain(device.sources()).collect()
+    }
+
+    /// What stands at `place` among [`DeviceEvents::sources`] is ready.
+    fn happened(&mut self, place: usize) {
         let mut device = self.device.lock().expect("no holder of this lock panics");
-        let place = events.data() as usize;
         let result = match self.notifications.get(place) {
             Some(notification) => {
                 let _ = notification.read();
@@ -216,15 +225,16 @@ impl MutEventSubscriber for DeviceEvents {
             self.interrupt.set_needs_reset();
         }
     }
+}
+
+impl MutEventSubscriber for DeviceEvents {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        self.happened(events.data() as usize);
+    }
 
     fn init(&mut self, ops: &mut EventOps) {
-        let sources = self.device.lock().expect("no holder of this lock panics").sources();
-        let queues = self
-            .notifications
-            .iter()
-            .map(|fd| (std::os::fd::AsRawFd::as_raw_fd(fd), EventSet::IN));
-        for ((fd, set), data) in queues.chain(sources).zip(0..) {
-            if let Err(error) = ops.add(Events::with_data_raw(fd, data, set)) {
+        for ((fd, set), place) in self.sources().into_iter().zip(0..) {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, place, set)) {
                 tracing::error!("{}: the VMM cannot wait for its events: {error}", self.name);
             }
         }

@@ -29,7 +29,8 @@ struct Bucket {
 impl Bucket {
     /// [`None`] where `config` sets no limit.
     fn new(config: config::TokenBucket, now: Instant) -> Option<Self> {
-        let refill_ns = config.refill_time.saturating_mul(1_000_000);
+        // 146 years: a full bucket of any size stays within 127 bits.
+        let refill_ns = config.refill_time.saturating_mul(1_000_000).min(1 << 62);
         (config.size > 0 && refill_ns > 0).then(|| Self {
             size: config.size,
             refill_ns,
@@ -55,18 +56,19 @@ impl Bucket {
     fn wait(&self, tokens: u64) -> Duration {
         // What is more than a full bucket may be taken from a full one.
         let needed = tokens.saturating_sub(self.burst).min(self.size);
-        let lacking = i128::from(needed) * i128::from(self.refill_ns) - self.level;
+        let lacking = (i128::from(needed) * i128::from(self.refill_ns)).saturating_sub(self.level);
         if lacking <= 0 {
             return Duration::ZERO;
         }
         let size = i128::from(self.size);
-        Duration::from_nanos(u64::try_from((lacking + size - 1) / size).unwrap_or(u64::MAX))
+        Duration::from_nanos(u64::try_from(lacking.saturating_add(size - 1) / size).unwrap_or(u64::MAX))
     }
 
     fn take(&mut self, tokens: u64) {
         let from_burst = tokens.min(self.burst);
         self.burst -= from_burst;
-        self.level -= i128::from(tokens - from_burst) * i128::from(self.refill_ns);
+        let taken = i128::from(tokens - from_burst) * i128::from(self.refill_ns);
+        self.level = self.level.saturating_sub(taken);
     }
 }
 
@@ -272,6 +274,11 @@ mod tests {
     fn the_largest_numbers_do_not_overflow() {
         let mut limiter = limiter(bucket(u64::MAX, u64::MAX, Some(u64::MAX)), None);
         let now = Instant::now();
-        assert!((0..3).all(|_| limiter.take(u64::MAX, u64::MAX, now + Duration::from_secs(1 << 40))));
+        let later = now + Duration::from_secs(1 << 40);
+        assert!(
+            (0..2).all(|_| limiter.take(u64::MAX, u64::MAX, later)),
+            "the burst, and the bucket"
+        );
+        assert!(!limiter.take(u64::MAX, u64::MAX, later));
     }
 }
