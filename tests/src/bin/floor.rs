@@ -93,7 +93,7 @@ fn load(kernel: &str, initrd: &str, cmdline: &str, memory: &GuestMemory) -> Resu
     view.write_slice(format!("{cmdline}\0").as_bytes(), GuestAddress(CMDLINE))?;
 
     let mut page = boot_params {
-        acpi_rsdp_addr: vmm::acpi::write(view, 1)?,
+        acpi_rsdp_addr: vmm::acpi::write(view, 1, &[])?,
         ..Default::default()
     };
     page.hdr.boot_flag = 0xaa55;

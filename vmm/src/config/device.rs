@@ -206,7 +206,6 @@ pub struct Entropy {
 /// `/balloon`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a field of Firecracker's")]
 pub struct Balloon {
     /// How much memory the guest is to give back, in MiB.
     pub amount_mib: u32,
