@@ -3,6 +3,8 @@
 //! The first line is `chronovisor guest: init, N CPUs` (or `1 CPU`); each step starts with `chronovisor guest: STEP`. See [`plan`] for
 //! what `chronovisor.do=` may hold; without it, a shell. It is linked statically, and expects /bin/busybox for its shell.
 
+mod disk;
+mod modules;
 mod plan;
 
 use std::fs::{self, OpenOptions};
@@ -39,11 +41,30 @@ fn run(step: Step, cpus: usize) {
     match step {
         Step::Spin(time) => spin(time, cpus),
         Step::Sleep(time) => std::thread::sleep(time),
+        Step::DiskVerify(time) => say(
+            step,
+            disk::verify(time).map(|tally| {
+                let disk::Tally { written, read, wrong } = tally;
+                format!("{written} pages written, {read} read, {wrong} wrong")
+            }),
+        ),
+        Step::DiskRead(time) => say(
+            step,
+            disk::read_for(time).map(|(bytes, took)| format!("{bytes} bytes in {} us", took.as_micros())),
+        ),
         Step::PowerOff => end("poweroff", RebootCommand::PowerOff),
         Step::Reboot => end("reboot", RebootCommand::Restart),
         Step::Shell => shell(),
         // The kernel panics when its init ends.
         Step::Panic => exit(1),
+    }
+}
+
+/// What came of a step.
+fn say(step: Step, outcome: std::io::Result<String>) {
+    match outcome {
+        Ok(outcome) => println!("chronovisor guest: {step}: {outcome}"),
+        Err(error) => println!("chronovisor guest: {step}: failed: {error}"),
     }
 }
 

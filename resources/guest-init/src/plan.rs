@@ -4,6 +4,8 @@
 //! |---|---|
 //! | `spin:MS` | keeps every CPU busy for so many milliseconds |
 //! | `sleep:MS` | leaves every CPU idle |
+//! | `disk-verify:MS` | writes and reads all over `/dev/vda`, which has to be zeros, and checks what it reads |
+//! | `disk-read:MS` | reads `/dev/vda` and says how much |
 //! | `repeat:N` | does what stands before it N times in all |
 //! | `forever` | does what stands before it again and again |
 //! | `shell` | a shell on the console, until it ends |
@@ -19,6 +21,8 @@ use std::time::Duration;
 pub enum Step {
     Spin(Duration),
     Sleep(Duration),
+    DiskVerify(Duration),
+    DiskRead(Duration),
     PowerOff,
     Reboot,
     Shell,
@@ -30,6 +34,8 @@ impl fmt::Display for Step {
         match self {
             Self::Spin(time) => write!(f, "spin {} ms", time.as_millis()),
             Self::Sleep(time) => write!(f, "sleep {} ms", time.as_millis()),
+            Self::DiskVerify(time) => write!(f, "disk-verify {} ms", time.as_millis()),
+            Self::DiskRead(time) => write!(f, "disk-read {} ms", time.as_millis()),
             Self::PowerOff => f.write_str("poweroff"),
             Self::Reboot => f.write_str("reboot"),
             Self::Shell => f.write_str("shell"),
@@ -83,6 +89,8 @@ impl Plan {
             match name {
                 "spin" => steps.push(Step::Spin(time()?)),
                 "sleep" => steps.push(Step::Sleep(time()?)),
+                "disk-verify" => steps.push(Step::DiskVerify(time()?)),
+                "disk-read" => steps.push(Step::DiskRead(time()?)),
                 "poweroff" => steps.push(Step::PowerOff),
                 "reboot" => steps.push(Step::Reboot),
                 "shell" => steps.push(Step::Shell),

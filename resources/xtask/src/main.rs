@@ -15,6 +15,7 @@ mod instructions;
 mod layout;
 mod libtest;
 mod machine;
+mod modules;
 mod process;
 mod progress;
 mod setup;

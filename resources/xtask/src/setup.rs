@@ -1,5 +1,6 @@
 //! Makes, once, what every other command needs: the kernel, the guest's initramfs.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -9,6 +10,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::build;
 use crate::cpio::Archive;
 use crate::layout::Layout;
+use crate::modules::Modules;
 use crate::progress::Progress;
 use crate::{debian, vmlinux};
 
@@ -54,7 +56,10 @@ pub fn setup(layout: &Layout) -> Result<Kit> {
     write_if_changed(&bed.join("bzImage"), &fs::read(&bzimage)?)?;
     let initramfs = bed.join("guest.cpio");
     let init = build::guest_init(layout)?;
-    write_if_changed(&initramfs, &guest_initramfs(&fs::read(init)?, &fs::read(&busybox)?)?)?;
+    write_if_changed(
+        &initramfs,
+        &guest_initramfs(&fs::read(init)?, &fs::read(&busybox)?, &modules)?,
+    )?;
     Ok(Kit {
         bzimage: bed.join("bzImage"),
         vmlinux,
@@ -64,8 +69,19 @@ pub fn setup(layout: &Layout) -> Result<Kit> {
     })
 }
 
-/// The guest's initramfs. Serial console and ACPI are built into Debian's kernel: no module is needed.
-fn guest_initramfs(init: &[u8], busybox: &[u8]) -> Result<Vec<u8>> {
+/// Drivers of our devices. Debian's kernel finds the devices by ACPI once `virtio_mmio` is there.
+const GUEST_MODULES: [&str; 6] = [
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+    "virtio_balloon",
+    "vmw_vsock_virtio_transport",
+];
+
+/// The guest's initramfs. Serial console, ACPI and ext4 are built into Debian's kernel; the drivers of virtio devices are not: each is
+/// loaded when a step of the guest's needs it (`modules/NAME` lists what has to be loaded for it, in order).
+fn guest_initramfs(init: &[u8], busybox: &[u8], modules: &Path) -> Result<Vec<u8>> {
     let mut archive = Archive::new(Vec::new());
     for dir in ["bin", "dev", "proc", "sys", "tmp"] {
         archive.dir(dir)?;
@@ -73,6 +89,19 @@ fn guest_initramfs(init: &[u8], busybox: &[u8]) -> Result<Vec<u8>> {
     archive.file("init", 0o755, init)?;
     archive.file("bin/busybox", 0o755, busybox)?;
     archive.symlink("bin/sh", "busybox")?;
+    archive.dir("modules")?;
+    let modules = Modules::of(modules)?;
+    let mut there = HashSet::new();
+    for name in GUEST_MODULES {
+        let closure = modules.closure(name)?;
+        let order: String = closure.iter().map(|(name, _)| format!("{name}\n")).collect();
+        archive.file(&format!("modules/{name}"), 0o644, order.as_bytes())?;
+        for (name, module) in closure {
+            if there.insert(name.clone()) {
+                archive.file(&format!("modules/{name}.ko"), 0o644, &module)?;
+            }
+        }
+    }
     Ok(archive.finish()?)
 }
 
