@@ -2,8 +2,9 @@
 //! run. A time by itself says little on a machine that is shared; a ratio from one run does.
 //!
 //! * tests/src/bin/bench.rs, on this machine: stamps, snapshots, readings.
+//! * `bench_vm first-answer`, on this machine: it needs no KVM.
 //! * `bench_vm api`, on this machine's /dev/kvm if there is one, else in the emulated host.
-//! * `bench_vm boot` (start, boot, memory), on this machine if its /dev/kvm boots a stock kernel, else in the emulated host.
+//! * `bench_vm boot` (starts, boots, memory), on this machine if its /dev/kvm boots a stock kernel, else in the emulated host.
 //!
 //! Rows are printed as they come. At the end they are written to the target directory: bench.json, and bench.md with what
 //! they were measured on, which docs/bench.md is a copy of. A row over its limit is marked, here and there, and is no
@@ -31,7 +32,7 @@ use crate::{bed, debian, demo, instructions, setup};
 const EMULATED_LIMIT: Duration = Duration::from_secs(600);
 /// What `bench_vm` measures, by its argument.
 const API: [&str; 1] = ["api"];
-const BOOT: [&str; 3] = ["start", "boot", "memory"];
+const BOOT: [&str; 5] = ["start", "start_no_api", "boot", "memory", "memory_bare"];
 
 /// What the emulated host says when it has booted and measuring begins.
 const BEGUN: &str = "measuring";
@@ -95,6 +96,7 @@ pub fn bench(layout: &Layout) -> Result<()> {
     );
     run.here("readings", Command::new(&programs.bench))?;
     run.instructions();
+    run.bench_vm("first-answer", &["first_answer"], None)?;
     match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         Ok(_) => run.bench_vm("api", &API, None)?,
         Err(error) => run.bench_vm("api", &API, Some(format!("/dev/kvm: {error}")))?,

@@ -112,7 +112,7 @@ pub struct Benches {
     pub chronovisor: PathBuf,
     /// tests/src/bin/bench.rs
     pub bench: PathBuf,
-    /// tests/src/bin/bench_vm.rs
+    /// tests/src/bin/bench_vm, with bare_server.rs beside it
     pub bench_vm: PathBuf,
     /// tests/src/bin/floor.rs, beside it
     pub floor: PathBuf,

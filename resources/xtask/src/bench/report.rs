@@ -26,9 +26,12 @@ const LEGEND: &str = "
 * `stamps_instructions`: the two stamps of one exit, against two bare `rdtsc`, in instructions as callgrind counts them:
   the same on a noisy machine as on a quiet one.
 * `api`: `GET /vcpus/0/cputime`, against `GET /version` on the same connection; client and server on one CPU.
+* `first_answer`: from exec to the API's first answer, against a server of one constant on the same HTTP stack and socket
+  (`tests/src/bin/bare_server.rs`).
 * `start`, `boot`: from exec to the first `KVM_RUN`, and to the guest init's first line, against the shortest loop that
-  boots the same kernel and initrd (`tests/src/bin/floor.rs`).
-* `memory`: what is resident beside the guest's memory after a boot, against the budget.
+  boots the same kernel and initrd (`tests/src/bin/floor.rs`). `start_no_api` is without an API.
+* `memory`: what is resident beside the guest's memory after a boot, with block, net and API up, against the budget;
+  `memory_bare`: with none of them.
 ";
 
 /// Writes both, and says where.
