@@ -2,9 +2,10 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap, Permissions, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, Permissions, VolatileSlice};
 
 /// How the driver broke the rules.
 #[derive(Debug, thiserror::Error)]
@@ -47,13 +48,19 @@ pub enum QueueError {
 
 /// One queue, ready or not.
 #[derive(Debug)]
-pub struct Queue(virtio_queue::Queue);
+pub struct Queue(virtio_queue::Queue, Given);
+
+/// How many chains were given back since the driver's wish for an interrupt was last looked at.
+type Given = u16;
+
+/// Available ring, flags: the driver wants no interrupts (2.7.6).
+const NO_INTERRUPT: u16 = 1;
 
 impl Queue {
     /// `queue` as its driver set it up; [`None`] where that is not a queue in `memory`.
     #[must_use]
     pub fn new(queue: virtio_queue::Queue, memory: &GuestMemoryMmap) -> Option<Self> {
-        (!queue.ready() || queue.is_valid(memory)).then_some(Self(queue))
+        (!queue.ready() || queue.is_valid(memory)).then_some(Self(queue, 0))
     }
 
     /// The next chain, with its buffers; [`None`] where the driver has put in no more. [`Queue::unpop`] puts it back.
@@ -80,15 +87,55 @@ impl Queue {
     /// # Errors
     /// The used ring cannot be written.
     pub fn give_back(&mut self, memory: &GuestMemoryMmap, head: u16, len: u32) -> Result<(), QueueError> {
-        Ok(self.0.add_used(memory, head, len)?)
+        self.give_back_together(memory, &[(head, len)])
     }
 
-    /// Whether the driver wants an interrupt for what was given back since it was last asked.
+    /// Gives several chains back, heads and lengths, of which the driver sees all or none: an answer that does not fit in one of
+    /// them must not be found in half (5.1.6.4).
+    ///
+    /// # Errors
+    /// As [`Queue::give_back`].
+    pub fn give_back_together(&mut self, memory: &GuestMemoryMmap, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let used_ring = GuestAddress(self.0.used_ring());
+        let mut next = self.0.next_used();
+        let failed = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
+        for &(head, len) in chains {
+            // Behind flags and index, 2 bytes each; then 8 bytes an entry (2.7.8). Queue::new saw that all of it is memory.
+            let entry = used_ring.0 + 4 + 8 * u64::from(next % self.0.size());
+            let bytes = u64::from(head) | u64::from(len) << 32;
+            memory.write_obj(bytes.to_le(), GuestAddress(entry)).map_err(failed)?;
+            next = next.wrapping_add(1);
+            self.1 = self.1.saturating_add(1);
+        }
+        self.0.set_next_used(next);
+        // Release: who sees the index sees the entries, and what the device wrote into their buffers.
+        memory
+            .store(next.to_le(), GuestAddress(used_ring.0 + 2), Ordering::Release)
+            .map_err(failed)
+    }
+
+    /// Whether the driver wants an interrupt for what was given back since this was last asked.
     ///
     /// # Errors
     /// The ring cannot be read.
     pub fn wants_signal(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
-        Ok(self.0.ready() && self.0.needs_notification(memory)?)
+        let given = std::mem::take(&mut self.1);
+        if given == 0 {
+            return Ok(false);
+        }
+        // The driver writes its wish and then looks at the index; the index was written, now its wish is looked at.
+        fence(Ordering::SeqCst);
+        let ring = self.0.avail_ring();
+        let wish = |at| {
+            let word = memory.load::<u16>(GuestAddress(at), Ordering::Relaxed);
+            word.map(u16::from_le).map_err(virtio_queue::Error::GuestMemory)
+        };
+        if !self.0.event_idx_enabled() {
+            return Ok(wish(ring)? & NO_INTERRUPT == 0);
+        }
+        // Behind flags, index and entries, 2 bytes each: the used index at which it wants to hear (2.7.7.2).
+        let event = wish(ring + 4 + 2 * u64::from(self.0.size()))?;
+        Ok(self.0.next_used().wrapping_sub(event).wrapping_sub(1) < given)
     }
 
     /// Asks the driver to notify of the next chain it puts in. True if there is one already, for which no notification may come.
