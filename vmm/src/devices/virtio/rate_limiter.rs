@@ -101,13 +101,17 @@ impl RateLimiter {
         Ok(limiter)
     }
 
-    /// Replaces the buckets that `config` names, full; leaves the others. One of size 0 takes the limit away.
+    /// Replaces the buckets that `config` names, full; leaves the others. One of size 0 takes the limit away. What was refused
+    /// may be tried again at once.
     pub fn update(&mut self, config: config::RateLimiter, now: Instant) {
         if let Some(bandwidth) = config.bandwidth {
             self.bandwidth = Bucket::new(bandwidth, now);
         }
         if let Some(ops) = config.ops {
             self.ops = Bucket::new(ops, now);
+        }
+        if self.waiting {
+            self.set_timer(Duration::from_nanos(1));
         }
     }
 
@@ -268,6 +272,19 @@ mod tests {
         let ops = bucket(0, 0, None);
         limiter.update(config::RateLimiter { bandwidth: None, ops }, now);
         assert!((0..1000).all(|_| limiter.take(1, 1, now)));
+    }
+
+    #[test]
+    fn an_update_ends_a_wait_for_what_was_refused_before_it() {
+        let mut limiter = limiter(None, bucket(1, 3_600_000, None));
+        let now = Instant::now();
+        assert!(limiter.take(1, 0, now) && !limiter.take(1, 0, now));
+        let ops = bucket(0, 0, None);
+        limiter.update(config::RateLimiter { bandwidth: None, ops }, now);
+        let mut fds = [rustix::event::PollFd::new(&limiter.timer, rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut fds, None).unwrap();
+        limiter.expired();
+        assert!(!limiter.is_waiting() && limiter.take(1, 0, Instant::now()));
     }
 
     #[test]
