@@ -14,8 +14,9 @@ pub enum QueueError {
     /// The ring itself.
     #[error("ring: {0}")]
     Ring(#[from] virtio_queue::Error),
-    /// A chain that does not end: it runs in a circle, out of its table, over 4 GiB, or into a broken indirect table.
-    #[error("the chain at descriptor {head} does not end within its table and 4 GiB")]
+    /// A chain that does not end: it runs in a circle, out of its table, over 4 GiB, into a broken indirect table, or on for
+    /// more descriptors than the queue may have.
+    #[error("the chain at descriptor {head} does not end within its table, its queue's size and 4 GiB")]
     Endless {
         /// Its first descriptor.
         head: u16,
@@ -71,8 +72,9 @@ impl Queue {
         if !self.0.ready() {
             return Ok(None);
         }
+        let max_size = self.0.max_size();
         match self.0.iter(memory)?.next() {
-            Some(chain) => Chain::new(chain, memory).map(Some),
+            Some(chain) => Chain::new(chain, memory, max_size).map(Some),
             None => Ok(None),
         }
     }
@@ -170,13 +172,16 @@ impl<'m> Chain<'m> {
     fn new(
         mut chain: virtio_queue::DescriptorChain<&'m GuestMemoryMmap>,
         memory: &'m GuestMemoryMmap,
+        most: u16,
     ) -> Result<Self, QueueError> {
         let head = chain.head_index();
         let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
         // virtio-queue ends a chain silently where it breaks the rules: then the last descriptor names a next one.
         let mut ends = false;
         let mut last_writable = None;
-        for descriptor in chain.by_ref() {
+        // A chain is no longer than its queue (2.7.5.3.1), and Linux heeds the queue's largest size only. An indirect table
+        // could hold 65,535.
+        for descriptor in chain.by_ref().take(most.into()) {
             ends = !descriptor.has_next();
             let not_memory = || QueueError::NotMemory {
                 head,
