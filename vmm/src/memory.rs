@@ -7,14 +7,19 @@
 //! Nothing is touched here: a page of host memory is taken when the guest, or a loader, first writes to it.
 #![allow(unsafe_code, reason = "mmap, madvise and munmap of guest memory")]
 
+use std::ops::Range;
 use std::ptr;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion, VolatileSlice,
+};
 
 use crate::config::HugePages;
 use crate::layout::{HOLE_END, HOLE_START};
 
+/// A page on x86-64, of the guest's and of the host's.
+pub const PAGE: usize = 4096;
 /// A huge page on x86-64, and the alignment of every region.
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -134,6 +139,21 @@ impl GuestMemory {
             .map(|(mapping, start)| (start, mapping.len as u64, mapping.start as u64))
     }
 
+    /// Gives the whole pages of `pieces` back to the host: they read as zeros afterwards, and take no memory until they are
+    /// touched again. What of them is no memory of this guest is left alone. How many bytes that were, each counted once.
+    ///
+    /// # Errors
+    /// The host refused, as it does with parts of hugetlbfs pages; others of `pieces` may have been given back.
+    pub fn discard(&self, pieces: &[VolatileSlice<'_>]) -> std::io::Result<u64> {
+        let mut discarded = 0;
+        for run in runs(pieces) {
+            for mapping in &self.mappings {
+                discarded += mapping.discard(&run)? as u64;
+            }
+        }
+        Ok(discarded)
+    }
+
     /// What the guest may use, by the ranges (start, length) that memory maps are made of.
     #[must_use]
     pub fn usable(&self) -> Vec<(u64, u64)> {
@@ -155,6 +175,29 @@ fn regions_of(size: u64) -> Vec<(u64, usize)> {
     } else {
         vec![(0, bytes(HOLE_START)), (HOLE_END, bytes(size - HOLE_START))]
     }
+}
+
+/// The whole pages of `pieces`, by host addresses: sorted, and what touches or overlaps made one.
+fn runs(pieces: &[VolatileSlice<'_>]) -> Vec<Range<usize>> {
+    let whole_pages = |piece: &VolatileSlice<'_>| {
+        let start = piece.ptr_guard().as_ptr().addr();
+        // Both are addresses of a mapping, far below the end of the address space.
+        start.next_multiple_of(PAGE)..(start + piece.len()) / PAGE * PAGE
+    };
+    let mut pages: Vec<_> = pieces
+        .iter()
+        .map(whole_pages)
+        .filter(|pages| !pages.is_empty())
+        .collect();
+    pages.sort_unstable_by_key(|pages| pages.start);
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for pages in pages {
+        match runs.last_mut() {
+            Some(last) if pages.start <= last.end => last.end = last.end.max(pages.end),
+            _ => runs.push(pages),
+        }
+    }
+    runs
 }
 
 /// Physical memory of this host, in MiB. Swap does not count: a guest that lives in swap is of no use to anybody.
@@ -222,6 +265,20 @@ impl Mapping {
         // SAFETY: our own mapping; the advice does not change its contents.
         let _ = unsafe { rustix::mm::madvise(start.cast(), len, Advice::LinuxHugepage) };
         Ok(mapping)
+    }
+
+    /// Drops what is in the part of `run` that is this mapping's; how many bytes that has.
+    fn discard(&self, run: &Range<usize>) -> std::io::Result<usize> {
+        let own = self.start.addr();
+        let (start, end) = (run.start.max(own), run.end.min(own + self.len));
+        if start >= end {
+            return Ok(0);
+        }
+        let at = self.start.with_addr(start).cast();
+        // SAFETY: [start, end) is part of this mapping. Its contents change, to zeros: guest memory, which whoever reads it
+        // takes to change at any time.
+        unsafe { rustix::mm::madvise(at, end - start, Advice::LinuxDontNeed) }?;
+        Ok(end - start)
     }
 
     /// The region at guest address `start` that this mapping stands behind.
@@ -295,6 +352,57 @@ mod tests {
             memory.view().write_obj(0xa5u8, GuestAddress(address)).unwrap();
             assert_eq!(memory.view().read_obj::<u8>(GuestAddress(address)).unwrap(), 0xa5);
         }
+    }
+
+    #[test]
+    fn whole_pages_are_given_back_once_and_nothing_beside_them() {
+        let page = PAGE as u64;
+        // (guest address, bytes) of the pieces, and the pages that are zeros afterwards.
+        type Row<'a> = (&'a [(u64, usize)], &'a [u64]);
+        let table: [Row; 8] = [
+            (&[], &[]),
+            (&[(page, PAGE)], &[1]),
+            (&[(page, PAGE - 1)], &[]),
+            (&[(page + 1, 2 * PAGE - 1)], &[2]),
+            (&[(page - 1, PAGE + 2)], &[1]),
+            (&[(3 * page, PAGE), (page, PAGE), (2 * page, PAGE)], &[1, 2, 3]),
+            (
+                &[(page, 2 * PAGE), (page, PAGE), (2 * page, PAGE), (5 * page, PAGE)],
+                &[1, 2, 5],
+            ),
+            (
+                &[(page, 4 * PAGE), (2 * page, PAGE), (5 * page, PAGE)],
+                &[1, 2, 3, 4, 5],
+            ),
+        ];
+        let memory = memory(1);
+        let view = memory.view();
+        for (pieces, zeros) in table {
+            view.write_slice(&[0xa5; 8 * PAGE], GuestAddress(0)).unwrap();
+            let slice = |&(at, len)| view.get_slice(GuestAddress(at), len).unwrap();
+            let slices: Vec<_> = pieces.iter().map(slice).collect();
+            assert_eq!(
+                memory.discard(&slices).unwrap(),
+                zeros.len() as u64 * page,
+                "{pieces:?}"
+            );
+            for number in 0..8 {
+                let mut bytes = [0; PAGE];
+                view.read_slice(&mut bytes, GuestAddress(number * page)).unwrap();
+                let expected = if zeros.contains(&number) { 0 } else { 0xa5 };
+                assert!(bytes.iter().all(|&byte| byte == expected), "{pieces:?}: page {number}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_this_guests_is_not_given_back() {
+        let (ours, other) = (memory(1), memory(1));
+        other.view().write_obj(0xa5u8, GuestAddress(0)).unwrap();
+        let theirs = other.view().get_slice(GuestAddress(0), 1 << 20).unwrap();
+        assert_eq!(ours.discard(&[theirs]).unwrap(), 0);
+        assert_eq!(other.view().read_obj::<u8>(GuestAddress(0)).unwrap(), 0xa5);
+        assert_eq!(other.discard(&[theirs]).unwrap(), 1 << 20);
     }
 
     #[test]
