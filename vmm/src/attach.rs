@@ -11,6 +11,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use crate::config::{Devices, Drive};
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::mmio::{Transport, Window};
+use crate::devices::virtio::net::{Net, NetError};
 use crate::devices::virtio::{Interrupt, Shared};
 use crate::kvm::{CallError, refused};
 use crate::layout::VIRTIO_IRQS;
@@ -23,6 +24,9 @@ pub enum AttachError {
     /// A drive.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// An interface.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// More devices than interrupts.
     #[error("the microVM has {0} virtio devices, and interrupts for {max}: leave some out", max = VIRTIO_IRQS.len())]
     TooMany(usize),
@@ -44,6 +48,8 @@ pub type Named<T> = (String, Arc<Mutex<T>>);
 pub struct Attached {
     /// Disks.
     pub blocks: Vec<Named<Block>>,
+    /// Interfaces.
+    pub nets: Vec<Named<Net>>,
 }
 
 /// Builds `devices`. Beside them their registers, in the order of their windows.
@@ -63,6 +69,11 @@ pub fn build(devices: &Devices, memory: &Arc<GuestMemory>) -> Result<(Attached, 
         let block = Arc::new(Mutex::new(Block::new(drive)?));
         add(format!("drive {}", drive.drive_id), block.clone())?;
         attached.blocks.push((drive.drive_id.clone(), block));
+    }
+    for interface in &devices.network_interfaces {
+        let net = Arc::new(Mutex::new(Net::new(interface)?));
+        add(format!("interface {}", interface.iface_id), net.clone())?;
+        attached.nets.push((interface.iface_id.clone(), net));
     }
     if transports.len() > VIRTIO_IRQS.len() {
         return Err(AttachError::TooMany(transports.len()));

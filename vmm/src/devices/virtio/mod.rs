@@ -20,6 +20,7 @@
 
 pub mod block;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rate_limiter;
 #[cfg(test)]
