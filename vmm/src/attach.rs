@@ -12,6 +12,7 @@ use crate::config::{Devices, Drive};
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::mmio::{Transport, Window};
 use crate::devices::virtio::net::{Net, NetError};
+use crate::devices::virtio::rng::{Rng, RngError};
 use crate::devices::virtio::{Interrupt, Shared};
 use crate::kvm::{CallError, refused};
 use crate::layout::VIRTIO_IRQS;
@@ -27,6 +28,9 @@ pub enum AttachError {
     /// An interface.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// The entropy device.
+    #[error(transparent)]
+    Rng(#[from] RngError),
     /// More devices than interrupts.
     #[error("the microVM has {0} virtio devices, and interrupts for {max}: leave some out", max = VIRTIO_IRQS.len())]
     TooMany(usize),
@@ -50,6 +54,8 @@ pub struct Attached {
     pub blocks: Vec<Named<Block>>,
     /// Interfaces.
     pub nets: Vec<Named<Net>>,
+    /// The entropy device.
+    pub entropy: Option<Arc<Mutex<Rng>>>,
 }
 
 /// Builds `devices`. Beside them their registers, in the order of their windows.
@@ -74,6 +80,11 @@ pub fn build(devices: &Devices, memory: &Arc<GuestMemory>) -> Result<(Attached, 
         let net = Arc::new(Mutex::new(Net::new(interface)?));
         add(format!("interface {}", interface.iface_id), net.clone())?;
         attached.nets.push((interface.iface_id.clone(), net));
+    }
+    if let Some(config) = &devices.entropy {
+        let rng = Arc::new(Mutex::new(Rng::new(config)?));
+        add("entropy device".into(), rng.clone())?;
+        attached.entropy = Some(rng);
     }
     if transports.len() > VIRTIO_IRQS.len() {
         return Err(AttachError::TooMany(transports.len()));

@@ -23,12 +23,14 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rate_limiter;
+pub mod rng;
 #[cfg(test)]
 pub mod testing;
+mod timer;
 
 use std::fmt::Debug;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -119,6 +121,11 @@ fn copy_config(config: &[u8], offset: usize, data: &mut [u8]) {
     let from = config.get(offset..).unwrap_or_default();
     let len = from.len().min(data.len());
     data[..len].copy_from_slice(&from[..len]);
+}
+
+/// Adds to a metric.
+fn count(metric: &AtomicU64, by: u64) {
+    metric.fetch_add(by, Ordering::Relaxed);
 }
 
 /// A device's interrupt line, and the register that says why it was raised (4.2.2).

@@ -9,10 +9,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
-
+use super::timer::Timer;
 use crate::config;
 
 /// One bucket, counted in tokens times nanoseconds to fill, so that no rounding adds up.
@@ -77,7 +74,7 @@ impl Bucket {
 pub struct RateLimiter {
     bandwidth: Option<Bucket>,
     ops: Option<Bucket>,
-    timer: rustix::fd::OwnedFd,
+    timer: Timer,
     waiting: bool,
 }
 
@@ -87,14 +84,10 @@ impl RateLimiter {
     /// # Errors
     /// There is no descriptor left for its timer.
     pub fn new(config: Option<config::RateLimiter>) -> std::io::Result<Self> {
-        let timer = timerfd_create(
-            TimerfdClockId::Monotonic,
-            TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
-        )?;
         let mut limiter = Self {
             bandwidth: None,
             ops: None,
-            timer,
+            timer: Timer::new()?,
             waiting: false,
         };
         limiter.update(config.unwrap_or_default(), Instant::now());
@@ -145,23 +138,12 @@ impl RateLimiter {
 
     fn set_timer(&mut self, wait: Duration) {
         self.waiting = true;
-        let at = Timespec::try_from(wait).unwrap_or(Timespec {
-            tv_sec: i64::MAX,
-            tv_nsec: 0,
-        });
-        let none = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let spec = Itimerspec {
-            it_interval: none,
-            it_value: at,
-        };
-        // A valid time and a timer: there is nothing to refuse.
-        let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec);
-        debug_assert!(set.is_ok(), "{set:?}");
+        self.timer.after(wait);
     }
 
     /// The timer's descriptor was readable: what was refused may be tried again.
     pub fn expired(&mut self) {
-        let _ = rustix::io::read(&self.timer, &mut [0u8; 8]);
+        self.timer.expired();
         self.waiting = false;
     }
 }

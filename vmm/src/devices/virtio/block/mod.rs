@@ -16,7 +16,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use event_manager::EventSet;
@@ -25,7 +25,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::queue::QueueError;
 use super::rate_limiter::RateLimiter;
-use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
+use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, count};
 use crate::config::{self, CacheType, Drive, IoEngine};
 use request::{Kind, Request};
 use uring::Uring;
@@ -370,10 +370,6 @@ fn answer(uring: &mut Uring, active: &mut Active, metrics: &BlockMetrics) -> Res
         done.tell(active, completed.head, completed.status)?;
     }
     signal(active)
-}
-
-fn count(counter: &AtomicU64, by: u64) {
-    counter.fetch_add(by, Ordering::Relaxed);
 }
 
 /// How a request ended.
