@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::{IoEventAddress, VmFd};
 
 use crate::config::{Devices, Drive};
+use crate::devices::virtio::balloon::{Balloon, BalloonError};
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::mmio::{Transport, Window};
 use crate::devices::virtio::net::{Net, NetError};
@@ -22,6 +23,9 @@ use crate::memory::GuestMemory;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttachError {
+    /// The balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// A drive.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -50,6 +54,8 @@ pub type Named<T> = (String, Arc<Mutex<T>>);
 /// All virtio devices of a machine, by what they are: for those who change them while it runs.
 #[derive(Debug, Default)]
 pub struct Attached {
+    /// The balloon.
+    pub balloon: Option<Arc<Mutex<Balloon>>>,
     /// Disks.
     pub blocks: Vec<Named<Block>>,
     /// Interfaces.
@@ -71,6 +77,11 @@ pub fn build(devices: &Devices, memory: &Arc<GuestMemory>) -> Result<(Attached, 
         transports.push(transport.map_err(|source| AttachError::EventFd { name, source })?);
         Ok::<_, AttachError>(())
     };
+    if let Some(config) = &devices.balloon {
+        let balloon = Arc::new(Mutex::new(Balloon::new(config)?));
+        add("balloon".into(), balloon.clone())?;
+        attached.balloon = Some(balloon);
+    }
     for drive in in_order(&devices.drives) {
         let block = Arc::new(Mutex::new(Block::new(drive)?));
         add(format!("drive {}", drive.drive_id), block.clone())?;

@@ -18,6 +18,7 @@
 //!
 //! Nobody is held up: a device takes at most a queue's length of chains for each notification, then lets others run.
 
+pub mod balloon;
 pub mod block;
 pub mod mmio;
 pub mod net;
