@@ -31,6 +31,7 @@ pub mod layout;
 mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod mmds;
 #[cfg(test)]
 mod testing;
 
