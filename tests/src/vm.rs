@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use accounting::reading::Modes;
 use accounting::{Reading, laws};
 
 use crate::bed::{self, Folder};
@@ -192,10 +193,46 @@ impl Vm {
             last: Vec::new(),
             _folder: folder,
         };
-        vm.wait_until("the guest is started", |vm| {
+        vm.wait_until_started();
+        vm
+    }
+
+    /// `chronovisor --api-sock --config-file` with Debian's kernel and our init, doing `what`, on two vCPUs, and `more` sections
+    /// of a configuration as Firecracker has it.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn serve_debian(what: &str, more: serde_json::Value) -> Self {
+        let path = |name| bed::file(name).display().to_string();
+        let mut config = serde_json::json!({
+            "boot-source": {
+                "kernel_image_path": path("vmlinux"), "initrd_path": path("guest.cpio"), "boot_args": debian_cmdline(what),
+            },
+            "machine-config": { "vcpu_count": 2, "mem_size_mib": 256 },
+        });
+        let (Some(config_sections), serde_json::Value::Object(more)) = (config.as_object_mut(), more) else {
+            panic!("sections are an object");
+        };
+        config_sections.extend(more);
+        let folder = Folder::new();
+        let socket = folder.join("api.sock");
+        let file = folder.write("config.json", config.to_string());
+        let arguments = ["--api-sock".into(), socket.clone(), "--config-file".into(), file];
+        let mut vm = Self {
+            process: Process::chronovisor(arguments),
+            socket,
+            last: Vec::new(),
+            _folder: folder,
+        };
+        vm.wait_until_started();
+        vm
+    }
+
+    fn wait_until_started(&mut self) {
+        self.wait_until("the guest is started", |vm| {
             client::request(&vm.socket, "GET", "/", None).is_ok_and(|r| r.body["state"] == "Running")
         });
-        vm
     }
 
     /// `chronovisor run` of a flat guest: `program` as its kernel.
@@ -300,23 +337,34 @@ pub fn after<S: AsRef<std::ffi::OsStr>>(prelude: &str, arguments: impl IntoItera
     command
 }
 
+/// What each mode grew by from one reading to a later one.
+#[must_use]
+pub fn grown(first: &Reading, last: &Reading) -> Modes {
+    let mut grown = last.modes.to_array();
+    grown.iter_mut().zip(first.modes.to_array()).for_each(|(l, f)| *l -= f);
+    Modes::from_array(grown)
+}
+
 /// The arguments of `chronovisor run` for Debian's kernel and our init, doing `what`.
 #[must_use]
 pub fn debian_arguments(what: &str) -> Vec<String> {
     let path = |name| bed::file(name).display().to_string();
-    let cmdline = format!("console=ttyS0 reboot=k panic=-1 quiet noxsave chronovisor.do={what}");
     [
         "--kernel",
         &path("vmlinux"),
         "--initrd",
         &path("guest.cpio"),
         "--cmdline",
-        &cmdline,
+        &debian_cmdline(what),
         "--mem",
         "256M",
     ]
     .map(String::from)
     .into()
+}
+
+fn debian_cmdline(what: &str) -> String {
+    format!("console=ttyS0 reboot=k panic=-1 quiet noxsave chronovisor.do={what}")
 }
 
 /// What came so far, and whether that is all.

@@ -1,11 +1,10 @@
 //! Debian's kernel as a guest, in the emulated `nohz_full` host: it boots by every protocol, sees its CPUs, ends in every
 //! way with that way's word and status, and is read live.
 
-use accounting::Reading;
 use accounting::reading::{Modes, Source, VcpuState};
 use tests::bed::{self, Folder};
 use tests::require_bed;
-use tests::vm::{Process, Vm, debian_arguments};
+use tests::vm::{Process, Vm, debian_arguments, grown};
 
 /// What our init prints when a phase begins.
 fn phase(what: &str) -> String {
@@ -38,12 +37,6 @@ fn grown_over(vm: &mut Vm, ms: u64) -> Modes {
         last = vm.reading();
     }
     grown(&first, &last)
-}
-
-fn grown(first: &Reading, last: &Reading) -> Modes {
-    let mut grown = last.modes.to_array();
-    grown.iter_mut().zip(first.modes.to_array()).for_each(|(l, f)| *l -= f);
-    Modes::from_array(grown)
 }
 
 fn leads(grown: Modes, mode: u64) -> bool {

@@ -1,0 +1,116 @@
+//! A Linux guest's disk: what it reads is what it wrote, whatever happens meanwhile, and its time shows none of it.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use accounting::reading::Modes;
+use serde_json::{Value, json};
+use tests::bed::Folder;
+use tests::require_bed;
+use tests::vm::{Vm, grown};
+
+const MIB: u64 = 1 << 20;
+
+fn image(folder: &Folder, mib: u64) -> std::path::PathBuf {
+    let path = folder.join("disk");
+    File::create(&path)
+        .and_then(|file| file.set_len(mib * MIB))
+        .expect("an image");
+    path
+}
+
+fn drives(path: &Path, more: &Value) -> Value {
+    let mut drive = json!({ "drive_id": "disk", "path_on_host": path, "is_root_device": false });
+    drive
+        .as_object_mut()
+        .expect("an object")
+        .extend(more.as_object().expect("an object").clone());
+    json!({ "drives": [drive] })
+}
+
+/// What the guest said of a step, behind its name.
+fn said(output: &str, step: &str) -> String {
+    let line = output
+        .lines()
+        .find_map(|line| line.trim().strip_prefix(&format!("chronovisor guest: {step}: ")));
+    line.unwrap_or_else(|| panic!("no word of {step} in {output}"))
+        .to_owned()
+}
+
+fn patch_state(vm: &Vm, state: &str) {
+    let answer = vm.ask("PATCH", "/vm", Some(&json!({ "state": state }).to_string()));
+    assert_eq!(answer.status, 204, "{}", answer.fault());
+}
+
+/// Load for `seconds` with a pause each second; then nothing is wrong, and the vCPUs were not the ones to do the I/O.
+fn load_with_pauses(seconds: u64, drive: &Value) {
+    let folder = Folder::new();
+    let step = format!("disk-verify:{}", seconds * 1000);
+    let mut vm = Vm::serve_debian(&format!("{step},poweroff"), drives(&image(&folder, 64), drive));
+    vm.process.wait_for("chronovisor guest: disk-verify");
+    let first = vm.readings();
+    let begun = Instant::now();
+    let mut last = first.clone();
+    while begun.elapsed() < Duration::from_secs(seconds) {
+        std::thread::sleep(Duration::from_millis(900));
+        patch_state(&vm, "Paused");
+        last = vm.readings();
+        std::thread::sleep(Duration::from_millis(100));
+        patch_state(&vm, "Resumed");
+    }
+    for (first, last) in first.iter().zip(&last) {
+        let Modes {
+            guest_ns,
+            host_user_ns,
+            host_kernel_ns,
+            ..
+        } = grown(first, last);
+        let share = host_user_ns as f64 / (last.elapsed_ns - first.elapsed_ns) as f64;
+        println!(
+            "vCPU {}: {guest_ns} ns guest, {host_user_ns} host_user, {host_kernel_ns} host_kernel: {share:.4}",
+            last.index
+        );
+        // I/O on a vCPU thread would be host_user, or host_kernel by our system calls: notifications are eventfds.
+        assert!(
+            share < 0.02,
+            "host_user has a share of {share}: {:?}",
+            grown(first, last)
+        );
+    }
+    let (status, output, stderr) = vm.process.wait();
+    assert_eq!(status.code(), Some(0), "{stderr}");
+    let said = said(&output, &format!("disk-verify {} ms", seconds * 1000));
+    println!("{drive}: {said}");
+    assert!(said.ends_with(" 0 wrong"), "{said}");
+}
+
+#[test]
+fn a_minute_of_io_uring_load_with_a_pause_each_second_corrupts_nothing() {
+    require_bed!(nohz_full);
+    load_with_pauses(60, &json!({ "io_engine": "Async", "cache_type": "Writeback" }));
+}
+
+#[test]
+fn load_by_the_sync_engine_with_a_pause_each_second_corrupts_nothing() {
+    require_bed!(nohz_full);
+    load_with_pauses(15, &json!({ "io_engine": "Sync", "cache_type": "Writeback" }));
+}
+
+#[test]
+fn a_limited_disk_gives_its_rate_within_5_percent_over_10_s() {
+    require_bed!(nohz_full);
+    let folder = Folder::new();
+    // 2 MiB/s; the bucket's first filling is 1 % of 10 s.
+    let limit = json!({ "bandwidth": { "size": 2 * MIB / 10, "refill_time": 100 } });
+    let drive = drives(&image(&folder, 16), &json!({ "rate_limiter": limit }));
+    let mut vm = Vm::serve_debian("disk-read:10000,poweroff", drive);
+    let (status, output, stderr) = vm.process.wait();
+    assert_eq!(status.code(), Some(0), "{stderr}");
+    let said = said(&output, "disk-read 10000 ms");
+    // "N bytes in N us"
+    let numbers: Vec<f64> = said.split(' ').filter_map(|word| word.parse().ok()).collect();
+    let rate = numbers[0] / numbers[1] * 1e6 / (2 * MIB) as f64;
+    println!("{said}: {rate:.3} of the limit");
+    assert!((0.95..=1.05).contains(&rate), "{rate} of the limit: {said}");
+}
