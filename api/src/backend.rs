@@ -59,15 +59,14 @@ impl Backend for VmmHandle {
     }
 }
 
-/// A microVM of thin air: it knows in which state what is legal, keeps what it is told, and answers at once.
+/// A microVM of thin air: its lifecycle is the real one, over a machine that is not there; its readings are made up.
 #[cfg(test)]
 pub(crate) mod fake {
-    use std::sync::Mutex;
-
     use accounting::account::{Explanation, ProbeValues, SourceClaim};
     use accounting::reading::{Bounds, Exits, Histogram, HostCpu, Mode, Modes, Pending, Source, VcpuState};
-    use vmm::config::{MachineConfig, VmConfig};
-    use vmm::{Info, RunState};
+    use vmm::RunState;
+    use vmm::config::{BootSource, MachineConfig};
+    use vmm::fake::FakeVm;
 
     use super::*;
 
@@ -111,78 +110,44 @@ pub(crate) mod fake {
 
     /// See the module.
     #[derive(Debug)]
-    pub(crate) struct Fake {
-        state: Mutex<(RunState, MachineConfig)>,
-    }
+    pub(crate) struct Fake(FakeVm);
 
     impl Fake {
+        /// In `state`, with two vCPUs.
         pub(crate) fn new(state: RunState) -> Self {
+            let fake = Self(FakeVm::new());
             let config = MachineConfig {
                 vcpu_count: 2,
                 ..MachineConfig::default()
             };
-            Self {
-                state: Mutex::new((state, config)),
+            fake.0.act(Action::PutMachineConfig(config)).unwrap();
+            let boot = BootSource {
+                kernel_image_path: "/vmlinux".into(),
+                boot_args: None,
+                initrd_path: None,
+            };
+            if state != RunState::NotStarted {
+                fake.0.act(Action::PutBootSource(boot)).unwrap();
+                fake.0.act(Action::Start).unwrap();
             }
-        }
-
-        fn answer(&self, action: Action) -> Result<Reply, ActionError> {
-            let mut state = self.state.lock().unwrap();
-            let (run, config) = &mut *state;
-            let started = *run != RunState::NotStarted;
-            match action {
-                Action::GetInfo => {
-                    let (id, vmm_version) = ("fake".to_owned(), "0".to_owned());
-                    Ok(Reply::Info(Info {
-                        id,
-                        state: *run,
-                        vmm_version,
-                        app_name: "Chronovisor".to_owned(),
-                    }))
-                }
-                Action::GetConfig => Ok(Reply::Config(VmConfig {
-                    machine_config: Some(config.clone()),
-                    boot_source: None,
-                })),
-                Action::GetMachineConfig => Ok(Reply::MachineConfig(config.clone())),
-                Action::Stop => Ok(Reply::Done),
-                Action::Pause | Action::Resume | Action::SendCtrlAltDel if !started => {
-                    Err(ActionError::NotNow("before the start"))
-                }
-                Action::Pause => {
-                    *run = RunState::Paused;
-                    Ok(Reply::Done)
-                }
-                Action::Resume => {
-                    *run = RunState::Running;
-                    Ok(Reply::Done)
-                }
-                Action::SendCtrlAltDel => Ok(Reply::Done),
-                _ if started => Err(ActionError::NotNow("after the start")),
-                Action::PutMachineConfig(new) => {
-                    *config = new;
-                    Ok(Reply::Done)
-                }
-                Action::Start => {
-                    *run = RunState::Running;
-                    Ok(Reply::Done)
-                }
-                _ => Ok(Reply::Done),
+            if state == RunState::Paused {
+                fake.0.act(Action::Pause).unwrap();
             }
+            fake
         }
     }
 
     impl Backend for Fake {
         fn send(&self, action: Action, answer: Answer) {
-            answer(self.answer(action));
+            answer(self.0.act(action));
         }
 
         fn vcpus(&self) -> usize {
-            let state = self.state.lock().unwrap();
-            if state.0 == RunState::NotStarted {
-                0
-            } else {
-                state.1.vcpu_count.into()
+            match (self.0.act(Action::GetInfo), self.0.act(Action::GetMachineConfig)) {
+                (Ok(Reply::Info(info)), Ok(Reply::MachineConfig(config))) if info.state != RunState::NotStarted => {
+                    config.vcpu_count.into()
+                }
+                _ => 0,
             }
         }
 

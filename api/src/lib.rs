@@ -19,6 +19,7 @@ mod scratch;
 pub mod server;
 mod signals;
 mod socket;
+mod step;
 mod times;
 
 use std::io;

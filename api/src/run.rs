@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use accounting::GtimeSource;
 use anyhow::{Context, Result};
-use vmm::config::{BootSource, HugePages, MachineConfig};
+use vmm::config::{BootSource, Entropy, HugePages, MachineConfig, Metrics};
+use vmm::log::LogSink;
 use vmm::{Action, ActionError, Options, Vmm, VmmHandle};
 
 use crate::cli::{Run, Serve};
@@ -19,6 +20,7 @@ use crate::exit::{self, Asked, OnReboot};
 use crate::routes::Limits;
 use crate::server::{Listeners, Server};
 use crate::socket::{self, SocketFile};
+use crate::step::Step;
 use crate::{config_file, log, signals};
 
 /// What both modes come down to.
@@ -27,12 +29,20 @@ struct Plan {
     unix: Option<PathBuf>,
     tcp: Option<SocketAddr>,
     limits: Limits,
-    /// What to configure, and then to start at once; `None`: the API's clients do both.
-    configure: Option<Vec<Action>>,
+    configure: Configure,
     gtime_source: GtimeSource,
+    log: LogSink,
     /// Puts what is wrong with that in its user's words.
     in_words: fn(&ActionError) -> String,
     on_reboot: OnReboot,
+}
+
+/// What is done before the API is served.
+enum Configure {
+    /// All there is to do, and the start.
+    AndStart(Vec<Step>),
+    /// Some of it: the API's clients do the rest.
+    Only(Vec<Step>),
 }
 
 /// `chronovisor run`.
@@ -40,29 +50,44 @@ struct Plan {
 /// # Errors
 /// What failed before the guest ran.
 pub fn run(args: Run) -> Result<u8> {
-    log::start(&args.log)?;
+    let log = log::start(&args.log, &args.id)?;
     let machine = MachineConfig {
         vcpu_count: args.cpus,
         mem_size_mib: args.mem,
         huge_pages: HugePages::Transparent,
         ..MachineConfig::default()
     };
+    let names_root = args.cmdline.split_whitespace().any(|word| word.starts_with("root="));
     let boot = BootSource {
         kernel_image_path: args.kernel,
         boot_args: Some(args.cmdline),
         initrd_path: args.initrd,
     };
+    let mut steps = vec![
+        Step::new("", Action::PutMachineConfig(machine)),
+        Step::new("", Action::PutBootSource(boot)),
+        Step::new("", Action::SetPinning(args.pin)),
+    ];
+    for (index, disk) in args.disk.into_iter().enumerate() {
+        let drive = disk.drive(index, index == 0 && !names_root);
+        steps.push(Step::new("--disk", Action::PutDrive(drive)));
+    }
+    for (index, net) in args.net.into_iter().enumerate() {
+        steps.push(Step::new("--net", Action::PutInterface(net.interface(index))));
+    }
+    steps.extend(args.vsock.map(|vsock| Step::new("--vsock", Action::PutVsock(vsock))));
+    steps.extend(
+        args.rng
+            .then(|| Step::new("--rng", Action::PutEntropy(Entropy::default()))),
+    );
     launch(Plan {
         id: args.id,
         unix: args.api_sock,
         tcp: args.api_listen,
         limits: Limits::default(),
-        configure: Some(vec![
-            Action::PutMachineConfig(machine),
-            Action::PutBootSource(boot),
-            Action::SetPinning(args.pin),
-        ]),
+        configure: Configure::AndStart(steps),
         gtime_source: args.gtime.source,
+        log,
         in_words: by_flag,
         on_reboot: OnReboot::Report,
     })
@@ -73,21 +98,24 @@ pub fn run(args: Run) -> Result<u8> {
 /// # Errors
 /// What failed before the guest ran.
 pub fn serve(args: Serve) -> Result<u8> {
-    log::start(&args.log)?;
+    let log = log::start(&args.log, &args.id)?;
     for flag in args.ignored.noticeable() {
         tracing::warn!("{flag} has no effect here");
     }
+    let metrics = args.metrics_path.map(|metrics_path| {
+        let name = format!("--metrics-path {}", metrics_path.display());
+        Step::new(name, Action::PutMetrics(Metrics { metrics_path }))
+    });
+    let metrics = metrics.into_iter();
     let configure = match &args.config_file {
-        None => None,
+        None => Configure::Only(metrics.collect()),
         Some(path) => {
-            let config = config_file::read(path).with_context(|| format!("--config-file {}", path.display()))?;
-            let machine = config.machine_config.map(Action::PutMachineConfig);
-            Some(
-                machine
-                    .into_iter()
-                    .chain(config.boot_source.map(Action::PutBootSource))
-                    .collect(),
-            )
+            let name = format!("--config-file {}", path.display());
+            let steps = config_file::read(path).with_context(|| name.clone())?;
+            let named = steps
+                .into_iter()
+                .map(|step| Step::new(format!("{name}: {}", step.name), step.action));
+            Configure::AndStart(metrics.chain(named).collect())
         }
     };
     launch(Plan {
@@ -100,6 +128,7 @@ pub fn serve(args: Serve) -> Result<u8> {
         },
         configure,
         gtime_source: args.gtime.source,
+        log,
         in_words: ToString::to_string,
         on_reboot: OnReboot::Succeed,
     })
@@ -129,6 +158,7 @@ fn launch(plan: Plan) -> Result<u8> {
         id: plan.id,
         console,
         gtime_source: plan.gtime_source,
+        log: plan.log,
     };
     let (vmm, handle) = Vmm::spawn(options).context("the VMM's thread cannot be started")?;
     let session = Arc::new(Session {
@@ -144,12 +174,15 @@ fn launch(plan: Plan) -> Result<u8> {
     .context("the thread that waits for signals cannot be started")?;
 
     // A guest given on the command line is started before the API is served: nobody configures it in between.
-    if let Some(actions) = plan.configure {
-        for action in actions.into_iter().chain([Action::Start]) {
-            handle
-                .request(action)
-                .map_err(|error| anyhow::Error::msg((plan.in_words)(&error)))?;
-        }
+    let (steps, start) = match plan.configure {
+        Configure::AndStart(steps) => (steps, true),
+        Configure::Only(steps) => (steps, false),
+    };
+    for Step { name, action } in steps.into_iter().chain(start.then(|| Step::new("", Action::Start))) {
+        let refused = |error| anyhow::Error::msg(Step::in_words(&name, &(plan.in_words)(&error)));
+        handle.request(action).map_err(refused)?;
+    }
+    if start {
         session.open_console();
     }
     let server = if unix.is_some() || tcp.is_some() {

@@ -6,9 +6,16 @@ use accounting::Account;
 use serde::Serialize;
 
 use crate::boot::BootError;
-use crate::config::{BootSource, ConfigError, Drive, MachineConfig, MachineConfigUpdate, Pinning, VmConfig};
+use crate::config::{
+    Balloon, BalloonRefused, BootSource, ConfigError, Drive, DriveRefused, DriveUpdate, Entropy, InterfaceRefused,
+    Logger, MachineConfig, MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Pinning, Serial,
+    VmConfig, Vsock, VsockRefused,
+};
 use crate::devices::i8042::KeysUnread;
+use crate::devices::virtio::block::BlockError;
+use crate::log::LogError;
 use crate::machine::StartError;
+use crate::metrics::MetricsError;
 
 /// A request to the VMM thread.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +34,28 @@ pub enum Action {
     PutBootSource(BootSource),
     /// `PUT /drives/{id}`. Before start.
     PutDrive(Drive),
+    /// `PATCH /drives/{id}`. After start.
+    PatchDrive(DriveUpdate),
+    /// `PUT /network-interfaces/{id}`. Before start.
+    PutInterface(NetworkInterface),
+    /// `PATCH /network-interfaces/{id}`. After start.
+    PatchInterface(NetworkInterfaceUpdate),
+    /// `PUT /vsock`. Before start.
+    PutVsock(Vsock),
+    /// `PUT /entropy`. Before start.
+    PutEntropy(Entropy),
+    /// `PUT /balloon`. Before start.
+    PutBalloon(Balloon),
+    /// `GET /balloon`. Always legal.
+    GetBalloon,
+    /// `PUT /serial`. Before start.
+    PutSerial(Serial),
+    /// `PUT /logger`. Before start.
+    PutLogger(Logger),
+    /// `PUT /metrics`. Before start, once.
+    PutMetrics(Metrics),
+    /// `PUT /actions FlushMetrics`. After start.
+    FlushMetrics,
     /// `run --pin`. Before start.
     SetPinning(Pinning),
     /// `PUT /actions InstanceStart`. Before start, with a boot source.
@@ -37,6 +66,9 @@ pub enum Action {
     Pause,
     /// `PATCH /vm Resumed`. After start; no effect if running already.
     Resume,
+    /// SIGTERM. Has the guest end itself, by Ctrl-Alt-Del; where there is no guest, or none that could hear it, ends the VM now,
+    /// as [`Action::Stop`]. Always legal.
+    ShutDown,
     /// End the VM now: vCPUs stopped, memory dropped. Always legal; the event loop ends with [`crate::End::Stopped`].
     Stop,
 }
@@ -49,9 +81,11 @@ pub enum Reply {
     /// To `GetInfo`.
     Info(Info),
     /// To `GetConfig`.
-    Config(VmConfig),
+    Config(Box<VmConfig>),
     /// To `GetMachineConfig`.
     MachineConfig(MachineConfig),
+    /// To `GetBalloon`.
+    Balloon(Balloon),
 }
 
 /// Why a request was refused. `Display` is the one line the user, or Firecracker's `fault_message`, gets.
@@ -67,6 +101,30 @@ pub enum ActionError {
     /// A boot source that cannot be booted, as far as that shows before Start.
     #[error(transparent)]
     BootSource(#[from] BootError),
+    /// A drive that does not go with the others.
+    #[error(transparent)]
+    Drive(#[from] DriveRefused),
+    /// A drive that cannot be had.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// A drive that cannot be what it was to become; it is what it was.
+    #[error(transparent)]
+    PatchDrive(BlockError),
+    /// An interface that does not go with the others.
+    #[error(transparent)]
+    Interface(#[from] InterfaceRefused),
+    /// A socket device that cannot be had.
+    #[error(transparent)]
+    Vsock(#[from] VsockRefused),
+    /// A balloon that cannot be had.
+    #[error(transparent)]
+    Balloon(#[from] BalloonRefused),
+    /// The log cannot be written there.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The metrics cannot be written there.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// Start without a boot source. Firecracker's words.
     #[error("Cannot start microvm without kernel configuration.")]
     NoKernel,

@@ -4,6 +4,7 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, mpsc};
@@ -11,6 +12,9 @@ use std::thread::JoinHandle;
 
 use accounting::host::{CpuSet, HostCpus, run_on};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::ConsoleIo;
@@ -19,7 +23,7 @@ use crate::devices::{MachineEvent, SerialPort};
 use crate::end::End;
 use crate::lifecycle::Lifecycle;
 use crate::machine::Surroundings;
-use crate::{Options, Request, Shared};
+use crate::{Options, Request, Shared, metrics};
 
 /// Where requests arrive.
 #[derive(Debug)]
@@ -34,6 +38,7 @@ pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::
         id,
         console,
         gtime_source,
+        log,
     } = options;
     let ring = Arc::new(OutputRing::new()?);
     let serial = Arc::new(SerialPort::new(Arc::clone(&ring))?);
@@ -48,6 +53,7 @@ pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::
         serial,
         events,
         wake: wake.try_clone()?,
+        log,
     };
 
     let (ready, made) = mpsc::sync_channel(1);
@@ -67,6 +73,7 @@ pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::
             inbox,
             happened,
             happening: wake,
+            metrics: None,
         };
         let _ = ready.send(Ok(()));
         run(manager, control, console)
@@ -112,13 +119,56 @@ struct Control {
     inbox: Inbox,
     happened: Receiver<MachineEvent>,
     happening: EventFd,
+    /// Ticks every [`metrics::INTERVAL`], once there is a file for metrics: without, nothing wakes this thread.
+    metrics: Option<OwnedFd>,
 }
 
 const REQUEST: u32 = 0;
 const EVENT: u32 = 1;
+const METRICS: u32 = 2;
+
+impl Control {
+    fn begin_metrics(&mut self, ops: &mut EventOps) {
+        if self.metrics.is_some() || !self.lifecycle.has_metrics() {
+            return;
+        }
+        let added = metrics_timer().and_then(|timer| {
+            let events = Events::with_data(&timer, METRICS, EventSet::IN);
+            ops.add(events).map_err(|e| io::Error::other(e.to_string()))?;
+            Ok(timer)
+        });
+        match added {
+            Ok(timer) => self.metrics = Some(timer),
+            Err(e) => tracing::warn!("no timer for the metrics: {e}; they are written on request only"),
+        }
+    }
+
+    fn flush_metrics(&mut self) {
+        let timer = self.metrics.as_ref();
+        // However often it went off: a line is due.
+        let due = timer.is_some_and(|timer| rustix::io::read(timer, &mut [0; 8]).is_ok());
+        if due && let Err(e) = self.lifecycle.flush_metrics() {
+            tracing::warn!("{e}");
+        }
+    }
+}
+
+fn metrics_timer() -> io::Result<OwnedFd> {
+    let timer = timerfd_create(
+        TimerfdClockId::Monotonic,
+        TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
+    )?;
+    let every = Timespec::try_from(metrics::INTERVAL).map_err(io::Error::other)?;
+    let times = Itimerspec {
+        it_interval: every,
+        it_value: every,
+    };
+    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &times)?;
+    Ok(timer)
+}
 
 impl MutEventSubscriber for Control {
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
             REQUEST => {
                 let _ = self.inbox.wake.read();
@@ -126,6 +176,7 @@ impl MutEventSubscriber for Control {
                     tracing::debug!("{action:?}");
                     reply.answer(self.lifecycle.act(action));
                 }
+                self.begin_metrics(ops);
             }
             EVENT => {
                 let _ = self.happening.read();
@@ -134,6 +185,7 @@ impl MutEventSubscriber for Control {
                     self.lifecycle.hear(event);
                 }
             }
+            METRICS => self.flush_metrics(),
             _ => {}
         }
     }

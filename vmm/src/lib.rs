@@ -19,18 +19,23 @@
 pub mod acpi;
 pub mod action;
 pub mod attach;
+mod attached;
 pub mod boot;
 pub mod config;
 mod console;
 mod devices;
 mod end;
 mod event_loop;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 pub mod host;
 pub mod kvm;
 pub mod layout;
 mod lifecycle;
+pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod mmds;
 #[cfg(test)]
 mod testing;
@@ -71,6 +76,8 @@ pub struct Options {
     pub console: Console,
     /// What guest time is to be derived from.
     pub gtime_source: GtimeSource,
+    /// What configures the log.
+    pub log: log::LogSink,
 }
 
 /// What the VMM thread publishes for any thread to read.

@@ -29,11 +29,17 @@ use accounting::Account;
 
 use crate::action::{Action, Info, Reply, RunState};
 use crate::boot::BootError;
-use crate::config::{BootSource, Devices, MachineConfig, MachineConfigUpdate, Pinning, VmConfig};
+use crate::config::{
+    BalloonRefused, BootSource, Devices, Drive, DriveUpdate, Logger, MachineConfig, Metrics, NetworkInterfaceUpdate,
+    Pinning, RateLimiter, Serial, VmConfig,
+};
 use crate::devices::MachineEvent;
 use crate::devices::i8042::KeysUnread;
+use crate::devices::virtio::block::{Block, BlockError};
 use crate::end::{self, End};
+use crate::log::LogError;
 use crate::machine::{Machine, Plan, StartError, Surroundings};
+use crate::metrics::{Counters, MetricsError, MetricsFile};
 use crate::{ActionError, Shared};
 
 /// What the lifecycle needs of a machine.
@@ -44,6 +50,14 @@ pub trait Run {
     fn pause(&self);
     /// Presses Ctrl-Alt-Del.
     fn ctrl_alt_del(&self) -> Result<(), KeysUnread>;
+    /// Whether the guest has a driver for the keyboard.
+    fn hears_keys(&self) -> bool;
+    /// Changes a drive that it has. What cannot be had leaves the drive as it was.
+    fn update_drive(&self, update: &DriveUpdate) -> Result<(), BlockError>;
+    /// Changes an interface that it has.
+    fn update_interface(&self, update: &NetworkInterfaceUpdate);
+    /// What its devices and vCPUs counted so far.
+    fn metrics(&self) -> Counters;
     /// Its vCPUs' accounts.
     fn accounts(&self) -> Vec<Arc<Account>>;
 }
@@ -54,6 +68,10 @@ pub trait Builder {
     type Machine: Run;
     /// Whether `source` looks bootable: what can be said of it before Start.
     fn check(&self, source: &BootSource) -> Result<(), BootError>;
+    /// Whether `drive` can be had now.
+    fn check_drive(&self, drive: &Drive) -> Result<(), BlockError>;
+    /// Has the log written as asked.
+    fn configure_log(&self, logger: &Logger) -> Result<(), LogError>;
     /// Builds a machine, held. Beside it, what the user should know.
     fn build(&self, plan: &Plan) -> Result<(Self::Machine, Vec<String>), StartError>;
 }
@@ -68,6 +86,18 @@ impl Run for Machine {
     fn ctrl_alt_del(&self) -> Result<(), KeysUnread> {
         Machine::ctrl_alt_del(self)
     }
+    fn hears_keys(&self) -> bool {
+        Machine::hears_keys(self)
+    }
+    fn update_drive(&self, update: &DriveUpdate) -> Result<(), BlockError> {
+        self.attached().update_drive(update)
+    }
+    fn update_interface(&self, update: &NetworkInterfaceUpdate) {
+        self.attached().update_interface(update);
+    }
+    fn metrics(&self) -> Counters {
+        Machine::metrics(self)
+    }
     fn accounts(&self) -> Vec<Arc<Account>> {
         Machine::accounts(self)
     }
@@ -78,6 +108,14 @@ impl Builder for Surroundings {
 
     fn check(&self, source: &BootSource) -> Result<(), BootError> {
         crate::boot::check(source)
+    }
+
+    fn check_drive(&self, drive: &Drive) -> Result<(), BlockError> {
+        Block::new(drive).map(drop)
+    }
+
+    fn configure_log(&self, logger: &Logger) -> Result<(), LogError> {
+        self.log.configure(logger)
     }
 
     fn build(&self, plan: &Plan) -> Result<(Machine, Vec<String>), StartError> {
@@ -101,6 +139,9 @@ pub struct Lifecycle<B: Builder> {
     machine_config: MachineConfig,
     boot_source: Option<BootSource>,
     devices: Devices,
+    serial: Option<Serial>,
+    logger: Option<Logger>,
+    metrics: Option<(Metrics, MetricsFile)>,
     pinning: Pinning,
     shared: Arc<Shared>,
     state: State<B::Machine>,
@@ -115,6 +156,9 @@ impl<B: Builder> Lifecycle<B> {
             machine_config: MachineConfig::default(),
             boot_source: None,
             devices: Devices::default(),
+            serial: None,
+            logger: None,
+            metrics: None,
             pinning: Pinning::default(),
             shared,
             state: State::NotStarted,
@@ -141,21 +185,15 @@ impl<B: Builder> Lifecycle<B> {
         }
         match action {
             Action::GetInfo => return Ok(Reply::Info(self.info())),
-            Action::GetConfig => {
-                return Ok(Reply::Config(VmConfig {
-                    machine_config: Some(self.machine_config.clone()),
-                    boot_source: self.boot_source.clone(),
-                }));
-            }
+            Action::GetConfig => return Ok(Reply::Config(Box::new(self.config()))),
             Action::GetMachineConfig => return Ok(Reply::MachineConfig(self.machine_config.clone())),
             Action::PutMachineConfig(config) => {
                 self.before_start()?;
-                config.check()?;
-                self.machine_config = config;
+                self.set_machine(config)?;
             }
             Action::PatchMachineConfig(update) => {
                 self.before_start()?;
-                self.patch(&update)?;
+                self.set_machine(self.machine_config.updated(&update))?;
             }
             Action::PutBootSource(source) => {
                 self.before_start()?;
@@ -164,9 +202,50 @@ impl<B: Builder> Lifecycle<B> {
             }
             Action::PutDrive(drive) => {
                 self.before_start()?;
-                let drives = &mut self.devices.drives;
-                drives.retain(|known| known.drive_id != drive.drive_id);
-                drives.push(drive);
+                self.devices.check_drive(&drive)?;
+                self.builder.check_drive(&drive)?;
+                self.devices.put_drive(drive);
+            }
+            Action::PatchDrive(update) => self.patch_drive(update)?,
+            Action::PutInterface(interface) => {
+                self.before_start()?;
+                self.devices.check_interface(&interface)?;
+                self.devices.put_interface(interface);
+            }
+            Action::PatchInterface(update) => self.patch_interface(&update)?,
+            Action::PutVsock(vsock) => {
+                self.before_start()?;
+                self.devices.put_vsock(vsock)?;
+            }
+            Action::PutEntropy(entropy) => {
+                self.before_start()?;
+                self.devices.entropy = Some(entropy);
+            }
+            Action::PutBalloon(balloon) => {
+                self.before_start()?;
+                self.devices.put_balloon(balloon, &self.machine_config)?;
+            }
+            Action::GetBalloon => return Ok(Reply::Balloon(self.devices.balloon.ok_or(BalloonRefused::None)?)),
+            Action::PutSerial(serial) => {
+                self.before_start()?;
+                self.serial = Some(serial);
+            }
+            Action::PutLogger(logger) => {
+                self.before_start()?;
+                self.builder.configure_log(&logger)?;
+                self.logger = Some(logger);
+            }
+            Action::PutMetrics(config) => {
+                self.before_start()?;
+                if self.metrics.is_some() {
+                    return Err(MetricsError::Again.into());
+                }
+                let file = MetricsFile::open(&config)?;
+                self.metrics = Some((config, file));
+            }
+            Action::FlushMetrics => {
+                self.machine()?;
+                self.flush_metrics()?;
             }
             Action::SetPinning(pinning) => {
                 self.before_start()?;
@@ -193,6 +272,14 @@ impl<B: Builder> Lifecycle<B> {
                     }
                     other => other,
                 });
+            }
+            Action::ShutDown => {
+                let asked = self
+                    .machine()
+                    .is_ok_and(|machine| machine.hears_keys() && machine.ctrl_alt_del().is_ok());
+                if !asked {
+                    self.state = State::Ended(End::Stopped);
+                }
             }
             Action::Stop => self.state = State::Ended(End::Stopped),
         }
@@ -226,11 +313,71 @@ impl<B: Builder> Lifecycle<B> {
         self.state = next(std::mem::replace(&mut self.state, State::NotStarted));
     }
 
-    fn patch(&mut self, update: &MachineConfigUpdate) -> Result<(), ActionError> {
-        let config = self.machine_config.updated(update);
+    fn set_machine(&mut self, config: MachineConfig) -> Result<(), ActionError> {
         config.check()?;
+        self.devices.check_machine(&config)?;
         self.machine_config = config;
         Ok(())
+    }
+
+    fn patch_drive(&mut self, update: DriveUpdate) -> Result<(), ActionError> {
+        self.machine()?;
+        let drive = self.devices.drive_mut(&update.drive_id)?;
+        if let State::Running(machine) | State::Paused(machine) = &self.state {
+            machine.update_drive(&update).map_err(ActionError::PatchDrive)?;
+        }
+        drive.path_on_host = update.path_on_host.or(drive.path_on_host.take());
+        limit(&mut drive.rate_limiter, update.rate_limiter);
+        Ok(())
+    }
+
+    fn patch_interface(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), ActionError> {
+        self.machine()?;
+        let interface = self.devices.interface_mut(&update.iface_id)?;
+        if let State::Running(machine) | State::Paused(machine) = &self.state {
+            machine.update_interface(update);
+        }
+        limit(&mut interface.rx_rate_limiter, update.rx_rate_limiter);
+        limit(&mut interface.tx_rate_limiter, update.tx_rate_limiter);
+        Ok(())
+    }
+
+    /// Whether there is a file for metrics.
+    pub fn has_metrics(&self) -> bool {
+        self.metrics.is_some()
+    }
+
+    /// Writes a line of metrics, where there is a file for them and a machine to tell of.
+    ///
+    /// # Errors
+    /// The file took none of it.
+    pub fn flush_metrics(&mut self) -> Result<(), MetricsError> {
+        match (&self.state, &mut self.metrics) {
+            (State::Running(machine) | State::Paused(machine), Some((_, file))) => file.write(machine.metrics()),
+            _ => Ok(()),
+        }
+    }
+
+    fn config(&self) -> VmConfig {
+        let Devices {
+            drives,
+            network_interfaces,
+            vsock,
+            entropy,
+            balloon,
+        } = self.devices.clone();
+        VmConfig {
+            balloon,
+            drives,
+            boot_source: self.boot_source.clone(),
+            logger: self.logger.clone(),
+            machine_config: Some(self.machine_config.clone()),
+            metrics: self.metrics.as_ref().map(|(config, _)| config.clone()),
+            network_interfaces,
+            vsock,
+            entropy,
+            serial: self.serial.clone(),
+        }
     }
 
     fn start(&mut self) -> Result<Reply, ActionError> {
@@ -240,6 +387,7 @@ impl<B: Builder> Lifecycle<B> {
             machine: self.machine_config.clone(),
             boot,
             devices: self.devices.clone(),
+            serial: self.serial.clone(),
             pinning: self.pinning.clone(),
         };
         let (machine, warnings) = self.builder.build(&plan)?;
@@ -249,6 +397,9 @@ impl<B: Builder> Lifecycle<B> {
         let _ = self.shared.accounts.set(machine.accounts());
         machine.resume();
         self.state = State::Running(machine);
+        if let Err(error) = self.flush_metrics() {
+            tracing::warn!("{error}");
+        }
         Ok(Reply::Done)
     }
 
@@ -264,6 +415,16 @@ impl<B: Builder> Lifecycle<B> {
             app_name: "Chronovisor".into(),
         }
     }
+}
+
+/// Puts the buckets that `update` has in the place of those of `limiter`.
+fn limit(limiter: &mut Option<RateLimiter>, update: Option<RateLimiter>) {
+    let Some(update) = update else { return };
+    let old = limiter.unwrap_or_default();
+    *limiter = Some(RateLimiter {
+        bandwidth: update.bandwidth.or(old.bandwidth),
+        ops: update.ops.or(old.ops),
+    });
 }
 
 #[cfg(test)]

@@ -1,80 +1,44 @@
 use super::*;
-use std::cell::RefCell;
 use std::path::PathBuf;
-use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::kvm::KvmError;
-
-/// A machine that writes down what is done to it.
-struct Fake(Rc<RefCell<Vec<&'static str>>>);
-
-impl Run for Fake {
-    fn resume(&self) {
-        self.0.borrow_mut().push("resume");
-    }
-    fn pause(&self) {
-        self.0.borrow_mut().push("pause");
-    }
-    fn ctrl_alt_del(&self) -> Result<(), KeysUnread> {
-        self.0.borrow_mut().push("keys");
-        Ok(())
-    }
-    fn accounts(&self) -> Vec<Arc<Account>> {
-        vec![]
-    }
-}
-
-impl Drop for Fake {
-    fn drop(&mut self) {
-        self.0.borrow_mut().push("stop");
-    }
-}
-
-struct Builds {
-    log: Rc<RefCell<Vec<&'static str>>>,
-    fails: Rc<RefCell<bool>>,
-}
-
-impl Builder for Builds {
-    type Machine = Fake;
-
-    fn check(&self, source: &BootSource) -> Result<(), BootError> {
-        match source.kernel_image_path.to_str() {
-            Some("/kernel") => Ok(()),
-            _ => Err(BootError::Empty {
-                what: "kernel",
-                path: source.kernel_image_path.clone(),
-            }),
-        }
-    }
-
-    fn build(&self, _plan: &Plan) -> Result<(Fake, Vec<String>), StartError> {
-        if *self.fails.borrow() {
-            return Err(KvmError::Missing.into());
-        }
-        Ok((Fake(Rc::clone(&self.log)), vec!["a warning".into()]))
-    }
-}
+use crate::config::{ConfigError, MachineConfigUpdate};
+use crate::fake::{FakeBuilder, Log};
 
 struct Case {
-    life: Lifecycle<Builds>,
-    log: Rc<RefCell<Vec<&'static str>>>,
-    fails: Rc<RefCell<bool>>,
+    life: Lifecycle<FakeBuilder>,
+    log: Log,
+    fails: Arc<AtomicBool>,
     shared: Arc<Shared>,
 }
 
-fn case() -> Case {
-    let (log, fails, shared) = (Rc::default(), Rc::default(), Arc::<Shared>::default());
-    let builder = Builds {
-        log: Rc::clone(&log),
-        fails: Rc::clone(&fails),
-    };
-    Case {
-        life: Lifecycle::new("id".into(), builder, Arc::clone(&shared)),
-        log,
-        fails,
-        shared,
+impl Case {
+    fn new(builder: FakeBuilder) -> Self {
+        let (log, fails, shared) = (
+            Arc::clone(&builder.log),
+            Arc::clone(&builder.fails),
+            Arc::<Shared>::default(),
+        );
+        Self {
+            life: Lifecycle::new("id".into(), builder, Arc::clone(&shared)),
+            log,
+            fails,
+            shared,
+        }
     }
+
+    fn log(&self) -> Vec<&'static str> {
+        self.log.lock().unwrap().clone()
+    }
+
+    fn start(&mut self) {
+        self.life.act(Action::PutBootSource(source("/kernel"))).unwrap();
+        self.life.act(Action::Start).unwrap();
+    }
+}
+
+fn case() -> Case {
+    Case::new(FakeBuilder::default())
 }
 
 fn source(path: &str) -> BootSource {
@@ -87,8 +51,7 @@ fn source(path: &str) -> BootSource {
 
 fn started() -> Case {
     let mut case = case();
-    case.life.act(Action::PutBootSource(source("/kernel"))).unwrap();
-    case.life.act(Action::Start).unwrap();
+    case.start();
     case
 }
 
@@ -99,45 +62,68 @@ fn state(case: &mut Case) -> RunState {
     }
 }
 
-fn every_action() -> Vec<Action> {
+fn from_json<T: serde::de::DeserializeOwned>(value: serde_json::Value) -> T {
+    serde_json::from_value(value).unwrap()
+}
+
+/// Each action, and whether it is legal before start, running, and paused.
+fn every_action() -> Vec<(Action, [bool; 3])> {
+    use serde_json::json;
+    const ALWAYS: [bool; 3] = [true; 3];
+    const BEFORE: [bool; 3] = [true, false, false];
+    const AFTER: [bool; 3] = [false, true, true];
+    let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": "/disk" });
+    let interface = json!({ "iface_id": "i", "host_dev_name": "tap0" });
+    let balloon = json!({ "amount_mib": 1, "deflate_on_oom": false });
     vec![
-        Action::GetInfo,
-        Action::GetConfig,
-        Action::GetMachineConfig,
-        Action::PutMachineConfig(MachineConfig::default()),
-        Action::PatchMachineConfig(MachineConfigUpdate::default()),
-        Action::PutBootSource(source("/kernel")),
-        Action::SetPinning(Pinning::None),
-        Action::Start,
-        Action::SendCtrlAltDel,
-        Action::Pause,
-        Action::Resume,
-        Action::Stop,
+        (Action::GetInfo, ALWAYS),
+        (Action::GetConfig, ALWAYS),
+        (Action::GetMachineConfig, ALWAYS),
+        (Action::PutMachineConfig(MachineConfig::default()), BEFORE),
+        (Action::PatchMachineConfig(MachineConfigUpdate::default()), BEFORE),
+        (Action::PutBootSource(source("/kernel")), BEFORE),
+        (Action::PutDrive(from_json(drive)), BEFORE),
+        (Action::PatchDrive(from_json(json!({ "drive_id": "d" }))), AFTER),
+        (Action::PutInterface(from_json(interface)), BEFORE),
+        (Action::PatchInterface(from_json(json!({ "iface_id": "i" }))), AFTER),
+        (
+            Action::PutVsock(from_json(json!({ "guest_cid": 3, "uds_path": "v" }))),
+            BEFORE,
+        ),
+        (Action::PutEntropy(from_json(json!({}))), BEFORE),
+        (Action::PutBalloon(from_json(balloon)), BEFORE),
+        (Action::GetBalloon, ALWAYS),
+        (Action::PutSerial(from_json(json!({}))), BEFORE),
+        (Action::PutLogger(from_json(json!({}))), BEFORE),
+        (
+            Action::PutMetrics(from_json(json!({ "metrics_path": "/dev/null" }))),
+            BEFORE,
+        ),
+        (Action::FlushMetrics, AFTER),
+        (Action::SetPinning(Pinning::None), BEFORE),
+        (Action::Start, BEFORE),
+        (Action::SendCtrlAltDel, AFTER),
+        (Action::Pause, AFTER),
+        (Action::Resume, AFTER),
+        (Action::ShutDown, ALWAYS),
+        (Action::Stop, ALWAYS),
     ]
 }
 
-/// For each action: whether it is legal before start, running, and paused.
-const LEGAL: [[bool; 3]; 12] = [
-    [true, true, true],   // GetInfo
-    [true, true, true],   // GetConfig
-    [true, true, true],   // GetMachineConfig
-    [true, false, false], // PutMachineConfig
-    [true, false, false], // PatchMachineConfig
-    [true, false, false], // PutBootSource
-    [true, false, false], // SetPinning
-    [true, false, false], // Start
-    [false, true, true],  // SendCtrlAltDel
-    [false, true, true],  // Pause
-    [false, true, true],  // Resume
-    [true, true, true],   // Stop
-];
-
 #[test]
 fn every_action_is_legal_exactly_when_its_documentation_says() {
-    for (action, legal) in every_action().into_iter().zip(LEGAL) {
+    for (action, legal) in every_action() {
         for (state, legal) in legal.into_iter().enumerate() {
             let mut case = case();
             case.life.act(Action::PutBootSource(source("/kernel"))).unwrap();
+            for (action, _) in every_action() {
+                if matches!(
+                    action,
+                    Action::PutDrive(_) | Action::PutInterface(_) | Action::PutBalloon(_)
+                ) {
+                    case.life.act(action).unwrap();
+                }
+            }
             if state >= 1 {
                 case.life.act(Action::Start).unwrap();
             }
@@ -157,7 +143,7 @@ fn every_action_is_legal_exactly_when_its_documentation_says() {
 
 #[test]
 fn after_the_end_everything_is_refused() {
-    for action in every_action() {
+    for (action, _) in every_action() {
         let mut case = started();
         case.life.hear(MachineEvent::PowerOff);
         assert_eq!(case.life.end(), Some(&End::PowerOff));
@@ -179,10 +165,10 @@ fn a_start_without_a_kernel_says_so() {
 fn a_failed_start_leaves_nothing_behind_and_the_vm_configurable() {
     let mut case = case();
     case.life.act(Action::PutBootSource(source("/kernel"))).unwrap();
-    *case.fails.borrow_mut() = true;
+    case.fails.store(true, Ordering::Relaxed);
     let refusal = case.life.act(Action::Start).unwrap_err().to_string();
     assert!(refusal.starts_with("/dev/kvm does not exist"), "{refusal}");
-    assert!(case.log.borrow().is_empty() && case.shared.accounts.get().is_none());
+    assert!(case.log().is_empty() && case.shared.accounts.get().is_none());
     // What a machine that was not finished may still have said.
     case.life.hear(MachineEvent::Reset);
     assert_eq!(case.life.end(), None);
@@ -191,12 +177,9 @@ fn a_failed_start_leaves_nothing_behind_and_the_vm_configurable() {
         ..MachineConfig::default()
     };
     case.life.act(Action::PutMachineConfig(config)).unwrap();
-    *case.fails.borrow_mut() = false;
+    case.fails.store(false, Ordering::Relaxed);
     case.life.act(Action::Start).unwrap();
-    assert_eq!(
-        (state(&mut case), &case.log.borrow()[..]),
-        (RunState::Running, &["resume"][..])
-    );
+    assert_eq!((state(&mut case), case.log()), (RunState::Running, vec!["resume"]));
 }
 
 #[test]
@@ -211,7 +194,7 @@ fn pause_and_resume_have_no_effect_where_there_is_none_to_have() {
     ] {
         case.life.act(action).unwrap();
     }
-    assert_eq!(*case.log.borrow(), ["resume", "pause", "resume"]);
+    assert_eq!(case.log(), ["resume", "pause", "resume"]);
     case.life.act(Action::Pause).unwrap();
     assert_eq!(state(&mut case), RunState::Paused);
 }
@@ -225,7 +208,7 @@ fn a_guest_can_be_ended_from_every_state_and_its_machine_is_stopped_once() {
         }
         case.life.act(Action::Stop).unwrap();
         assert_eq!(case.life.end(), Some(&End::Stopped));
-        assert_eq!(case.log.borrow().iter().filter(|&&line| line == "stop").count(), 1);
+        assert_eq!(case.log().iter().filter(|&&line| line == "stop").count(), 1);
     }
 }
 
@@ -262,8 +245,12 @@ fn what_was_put_can_be_got() {
     let whole = VmConfig {
         machine_config: Some(config),
         boot_source: Some(source("/kernel")),
+        ..VmConfig::default()
     };
-    assert_eq!(case.life.act(Action::GetConfig).unwrap(), Reply::Config(whole));
+    assert_eq!(
+        case.life.act(Action::GetConfig).unwrap(),
+        Reply::Config(Box::new(whole))
+    );
 }
 
 #[test]
@@ -275,16 +262,72 @@ fn what_was_refused_changes_nothing() {
         ..Default::default()
     };
     let refusal = case.life.act(Action::PatchMachineConfig(update)).unwrap_err();
-    assert_eq!(refusal.to_string(), "vcpu_count is 33: a microVM has 1 to 32 vCPUs");
+    assert!(
+        matches!(refusal, ActionError::Config(ConfigError::VcpuCount(33))),
+        "{refusal}"
+    );
     assert_eq!(
         case.life.act(Action::GetMachineConfig).unwrap(),
         Reply::MachineConfig(MachineConfig::default())
     );
-    assert!(case.life.act(Action::PutBootSource(source("/empty"))).is_err());
+    assert!(case.life.act(Action::PutBootSource(source("/nowhere/kernel"))).is_err());
     assert!(matches!(case.life.act(Action::Start), Err(ActionError::NoKernel)));
 }
 
 #[test]
 fn warnings_of_the_start_can_be_read_afterwards() {
     assert_eq!(*started().shared.warnings.lock().unwrap(), ["a warning"]);
+}
+
+#[test]
+fn who_is_to_shut_down_is_asked_and_who_cannot_hear_is_ended() {
+    let mut asked = started();
+    asked.life.act(Action::ShutDown).unwrap();
+    assert_eq!((asked.life.end(), asked.log()), (None, vec!["resume", "keys"]));
+
+    let mut deaf = Case::new(FakeBuilder {
+        deaf: true,
+        ..FakeBuilder::default()
+    });
+    deaf.start();
+    deaf.life.act(Action::ShutDown).unwrap();
+    assert_eq!(
+        (deaf.life.end(), deaf.log()),
+        (Some(&End::Stopped), vec!["resume", "stop"])
+    );
+
+    let mut not_started = case();
+    not_started.life.act(Action::ShutDown).unwrap();
+    assert_eq!(not_started.life.end(), Some(&End::Stopped));
+}
+
+#[test]
+fn a_change_of_a_device_is_seen_in_the_configuration_and_one_refused_is_not() {
+    use serde_json::json;
+    let mut case = case();
+    let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": "/old",
+        "rate_limiter": { "ops": { "size": 1, "refill_time": 2 } } });
+    case.life.act(Action::PutDrive(from_json(drive))).unwrap();
+    case.start();
+    let mut patch = |update| {
+        let result = case.life.act(Action::PatchDrive(from_json(update)));
+        let Ok(Reply::Config(config)) = case.life.act(Action::GetConfig) else {
+            panic!("no configuration")
+        };
+        (result.is_ok(), serde_json::to_value(&config.drives[0]).unwrap())
+    };
+    let limit = json!({ "bandwidth": { "size": 3, "refill_time": 4 } });
+    let (done, drive) = patch(json!({ "drive_id": "d", "path_on_host": "/new", "rate_limiter": limit }));
+    assert!(done);
+    assert_eq!(drive["path_on_host"], "/new");
+    assert_eq!(
+        (
+            &drive["rate_limiter"]["bandwidth"]["size"],
+            &drive["rate_limiter"]["ops"]["size"]
+        ),
+        (&json!(3), &json!(1))
+    );
+    let (done, drive) = patch(json!({ "drive_id": "d", "path_on_host": "/nowhere/disk" }));
+    assert_eq!((done, &drive["path_on_host"]), (false, &json!("/new")));
+    assert!(!patch(json!({ "drive_id": "e" })).0);
 }

@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::{self, AcpiError};
 use crate::attach::{self, AttachError, Attached};
 use crate::boot::{self, BootError};
-use crate::config::{BootSource, Devices, MachineConfig, Pinning};
+use crate::config::{BootSource, Devices, MachineConfig, Pinning, Serial};
 use crate::devices::i8042::KeysUnread;
 use crate::devices::ring::OutputRing;
 use crate::devices::virtio::DeviceEvents;
@@ -27,7 +27,9 @@ use crate::devices::{Bus, I8042, MachineEvent, Notifier, Pm, SerialPort};
 use crate::host;
 use crate::kvm::{self, CallError, KvmError, refused};
 use crate::layout::{COM1_IRQ, KEYBOARD_IRQ};
+use crate::log::LogSink;
 use crate::memory::{GuestMemory, MemoryError};
+use crate::metrics::{self, Counters};
 
 /// Why a machine could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +93,8 @@ pub struct Plan {
     pub boot: BootSource,
     /// virtio devices.
     pub devices: Devices,
+    /// Where COM1's output goes, if not to the console.
+    pub serial: Option<Serial>,
     /// Host CPUs for the vCPUs.
     pub pinning: Pinning,
 }
@@ -110,6 +114,8 @@ pub struct Surroundings {
     pub events: Sender<MachineEvent>,
     /// Announces them.
     pub wake: EventFd,
+    /// Where the log goes.
+    pub log: LogSink,
 }
 
 /// The machine. Its vCPUs are stopped when it is dropped.
@@ -254,6 +260,21 @@ impl Machine {
     /// The guest has not read the last ones.
     pub fn ctrl_alt_del(&self) -> Result<(), KeysUnread> {
         self.bus.i8042.ctrl_alt_del()
+    }
+
+    /// Whether the guest has a driver for the keyboard.
+    #[must_use]
+    pub fn hears_keys(&self) -> bool {
+        self.bus.i8042.has_driver()
+    }
+
+    /// What its devices and vCPUs counted so far.
+    #[must_use]
+    pub fn metrics(&self) -> Counters {
+        let mut counters = self.attached.metrics();
+        let readings: Vec<_> = self.vcpus.iter().map(|vcpu| vcpu.account().read()).collect();
+        counters.insert("vcpu".to_owned(), metrics::of_vcpus(&readings));
+        counters
     }
 }
 

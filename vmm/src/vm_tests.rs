@@ -46,6 +46,7 @@ fn start(code: &[u8], vcpus: u8) -> Option<Run> {
         id: "test".into(),
         console,
         gtime_source: GtimeSource::Auto,
+        log: crate::log::LogSink::default(),
     })
     .unwrap();
     let ask = |action| assert_eq!(handle.request(action).unwrap(), Reply::Done);
@@ -152,6 +153,7 @@ fn a_failed_start_can_be_mended() {
         id: "test".into(),
         console: Console::None,
         gtime_source: GtimeSource::Auto,
+        log: crate::log::LogSink::default(),
     })
     .unwrap();
     let put = |kernel: &TempFile| {
@@ -179,6 +181,7 @@ fn a_request_after_the_end_is_answered_not_lost() {
         id: "test".into(),
         console: Console::None,
         gtime_source: GtimeSource::Auto,
+        log: crate::log::LogSink::default(),
     })
     .unwrap();
     assert!(matches!(handle.request(Action::Stop), Ok(Reply::Done)));
@@ -199,6 +202,7 @@ fn a_software_backend_refuses_an_operating_system_at_once() {
         id: "test".into(),
         console: Console::None,
         gtime_source: GtimeSource::Auto,
+        log: crate::log::LogSink::default(),
     })
     .unwrap();
     let kernel = TempFile::new(&elf_with_pvh_note(ADDRESS, 0x20_0000));

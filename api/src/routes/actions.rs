@@ -2,12 +2,11 @@
 
 use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::Deserialize;
-use vmm::{Action, Reply, RunState};
+use vmm::Action;
 
-use super::{Fault, Shared, act, ask, parse};
+use super::{Fault, Shared, act, parse};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -31,16 +30,6 @@ pub(super) async fn put(State(shared): State<Shared>, body: Bytes) -> Result<Res
             Ok(response)
         }
         ActionType::SendCtrlAltDel => act(&shared, Action::SendCtrlAltDel).await,
-        ActionType::FlushMetrics => flush_metrics(&shared).await,
-    }
-}
-
-/// As Firecracker where no metrics file is configured: refused before the start, and nothing to do after it.
-async fn flush_metrics(shared: &Shared) -> Result<Response, Fault> {
-    match ask(shared, Action::GetInfo).await? {
-        Reply::Info(info) if info.state == RunState::NotStarted => Err(Fault(
-            "The requested operation is not supported before starting the microVM.".to_owned(),
-        )),
-        _ => Ok(StatusCode::NO_CONTENT.into_response()),
+        ActionType::FlushMetrics => act(&shared, Action::FlushMetrics).await,
     }
 }

@@ -53,7 +53,7 @@ pub(super) async fn get(State(shared): State<Shared>) -> Result<Response, Fault>
             vmm::host::kvm
         };
         let host = blocking(move || Host::read(kvm())).await?;
-        host.map_err(|error| Fault(format!("The host's CPUs could not be read: {error}.")))
+        host.map_err(|error| Fault::new(format!("The host's CPUs could not be read: {error}.")))
     };
     let host = shared.host.get_or_try_init(read).await?;
     // Requests at once take turns: a look between the two of another would cut its time short.
@@ -84,7 +84,7 @@ async fn look(shared: &Shared) -> Result<(Vec<Disturbance>, Vec<Vec<Disturbance>
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Fault> {
     let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|error| Fault(format!("The host could not be looked at: {error}.")))
+    done.map_err(|error| Fault::new(format!("The host could not be looked at: {error}.")))
 }
 
 #[cfg(test)]

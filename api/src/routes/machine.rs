@@ -19,7 +19,7 @@ pub(super) async fn put(State(shared): State<Shared>, body: Bytes) -> Result<Res
 pub(super) async fn patch(State(shared): State<Shared>, body: Bytes) -> Result<Response, Fault> {
     let update: MachineConfigUpdate = parse(&body)?;
     if update == MachineConfigUpdate::default() {
-        return Err(Fault("Empty PATCH request.".to_owned()));
+        return Err(Fault::new("Empty PATCH request."));
     }
     act(&shared, Action::PatchMachineConfig(update)).await
 }

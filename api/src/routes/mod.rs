@@ -1,12 +1,20 @@
 //! The REST surface: Firecracker's paths with its status codes and bodies, and ours beside them.
 //!
-//! Promises: 200 with JSON, 204 on a change of state, 400 with `{"fault_message": "..."}` on every refusal, unknown paths and
-//! methods included. JSON is accepted under any content type; unknown fields are refused. A body is read to its end
+//! Promises: 200 with JSON, 204 on a change of state, 400 with `{"fault_message": "..."}` on every refusal (413 where the metadata
+//! would be too large), unknown paths and methods included. JSON is accepted under any content type; unknown fields are refused. A body is read to its end
 //! within [`Limits`] before any handler sees the request, so a slow or endless one costs its own connection only.
 
 mod actions;
+mod balloon;
+mod devices;
+mod drives;
+mod fault;
 mod host;
+mod id;
+mod interfaces;
 mod machine;
+mod outputs;
+mod unsupported;
 mod vcpus;
 mod vm;
 
@@ -16,7 +24,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
-use axum::http::{Method, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, put};
@@ -28,6 +36,8 @@ use vmm::{Action, ActionError, Reply};
 
 use crate::backend::Backend;
 use crate::host::Host;
+use fault::Fault;
+use id::Id;
 
 /// The version of Firecracker whose API this one follows: what `GET /version` answers, as clients choose features by it.
 pub const FIRECRACKER_API: &str = "1.14.0";
@@ -92,6 +102,28 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
             get(machine::get).put(machine::put).patch(machine::patch),
         )
         .route("/boot-source", put(machine::put_boot_source))
+        .route("/drives", put(drives::put).patch(drives::patch))
+        .route("/drives/", put(drives::put).patch(drives::patch))
+        .route("/drives/{id}", put(drives::put).patch(drives::patch))
+        .route("/network-interfaces", put(interfaces::put).patch(interfaces::patch))
+        .route(
+            "/network-interfaces/{id}",
+            put(interfaces::put).patch(interfaces::patch),
+        )
+        .route("/vsock", put(devices::put_vsock))
+        .route("/entropy", put(devices::put_entropy))
+        .route("/balloon", get(balloon::get).put(balloon::put))
+        .route("/serial", put(outputs::put_serial))
+        .route("/logger", put(outputs::put_logger))
+        .route("/metrics", put(outputs::put_metrics))
+        .route("/snapshot/{what}", put(unsupported::snapshots))
+        .route("/pmem/{id}", put(unsupported::pmem).patch(unsupported::pmem))
+        .route(
+            "/hotplug/memory",
+            get(unsupported::hotplug)
+                .put(unsupported::hotplug)
+                .patch(unsupported::hotplug),
+        )
         .route("/vcpus", get(vcpus::list))
         .route("/vcpus/{index}/cputime", get(vcpus::cputime))
         .route("/vcpus/{index}/histograms", get(vcpus::histograms))
@@ -100,38 +132,6 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
         .method_not_allowed_fallback(unknown)
         .layer(middleware::from_fn_with_state(limits, admit))
         .with_state(shared)
-}
-
-/// A refusal: 400, with the reason as Firecracker's `fault_message`.
-#[derive(Clone, Debug)]
-struct Fault(String);
-
-impl Fault {
-    fn unknown(method: &Method, path: &str) -> Self {
-        Self(format!(
-            "Invalid request method and/or path: {method} {}.",
-            path.trim_start_matches('/')
-        ))
-    }
-}
-
-impl From<ActionError> for Fault {
-    fn from(error: ActionError) -> Self {
-        Self(error.to_string())
-    }
-}
-
-impl IntoResponse for Fault {
-    fn into_response(self) -> Response {
-        #[derive(Serialize)]
-        struct Shape<'a> {
-            fault_message: &'a str,
-        }
-        let mut response = axum::Json(Shape { fault_message: &self.0 }).into_response();
-        *response.status_mut() = StatusCode::BAD_REQUEST;
-        response.extensions_mut().insert(self);
-        response
-    }
 }
 
 async fn unknown(request: Request) -> Fault {
@@ -146,7 +146,7 @@ async fn admit(State(limits): State<Limits>, request: Request, next: Next) -> Re
         Err(fault) => fault.into_response(),
     };
     match response.extensions().get::<Fault>() {
-        Some(fault) => tracing::info!("{line}: {}: {}", response.status().as_u16(), fault.0),
+        Some(fault) => tracing::info!("{line}: {}: {}", response.status().as_u16(), fault.message()),
         None => tracing::debug!("{line}: {}", response.status().as_u16()),
     }
     response
@@ -160,8 +160,8 @@ async fn whole(request: Request, limits: Limits) -> Result<Request, Fault> {
         read_body(body, limits).await?
     };
     match parts.method {
-        Method::GET if !bytes.is_empty() => Err(Fault("GET request cannot have a body.".to_owned())),
-        Method::PUT | Method::PATCH if bytes.is_empty() => Err(Fault(format!("Empty {} request.", parts.method))),
+        Method::GET if !bytes.is_empty() => Err(Fault::new("GET request cannot have a body.")),
+        Method::PUT | Method::PATCH if bytes.is_empty() => Err(Fault::new(format!("Empty {} request.", parts.method))),
         // axum would answer HEAD from a GET handler.
         Method::GET | Method::PUT | Method::PATCH => Ok(Request::from_parts(parts, Body::from(bytes))),
         _ => Err(Fault::unknown(&parts.method, parts.uri.path())),
@@ -174,7 +174,7 @@ const DISCARD_BYTES: usize = 16 << 20;
 
 async fn read_body(mut body: Body, limits: Limits) -> Result<Bytes, Fault> {
     let too_large = || {
-        Fault(format!(
+        Fault::new(format!(
             "The body is larger than the limit of {} bytes.",
             limits.body_bytes
         ))
@@ -186,7 +186,7 @@ async fn read_body(mut body: Body, limits: Limits) -> Result<Bytes, Fault> {
     let collect = async {
         let (mut bytes, mut discarded) = (Vec::new(), 0);
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| Fault(format!("The body could not be read: {error}.")))?;
+            let frame = frame.map_err(|error| Fault::new(format!("The body could not be read: {error}.")))?;
             let Ok(data) = frame.into_data() else { continue };
             if discarded > 0 || bytes.len() + data.len() > limits.body_bytes {
                 bytes = Vec::new();
@@ -207,7 +207,7 @@ async fn read_body(mut body: Body, limits: Limits) -> Result<Bytes, Fault> {
     tokio::time::timeout(limits.body_time, collect)
         .await
         .unwrap_or_else(|_| {
-            Err(Fault(format!(
+            Err(Fault::new(format!(
                 "The body did not arrive within {} s.",
                 limits.body_time.as_secs()
             )))
@@ -217,7 +217,7 @@ async fn read_body(mut body: Body, limits: Limits) -> Result<Bytes, Fault> {
 /// Reads a request's body as JSON, whatever its content type says: clients send it under a form's.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     serde_json::from_slice(body).map_err(|error| {
-        Fault(format!(
+        Fault::new(format!(
             "An error occurred when deserializing the json body of a request: {error}."
         ))
     })
@@ -238,18 +238,29 @@ async fn act(shared: &Shared, action: Action) -> Result<Response, Fault> {
     Ok(match ask(shared, action).await? {
         Reply::Done => StatusCode::NO_CONTENT.into_response(),
         Reply::Info(info) => json(&info),
-        Reply::Config(config) => json(&config),
+        Reply::Config(config) => json(&*config),
         Reply::MachineConfig(config) => json(&config),
+        Reply::Balloon(balloon) => json(&balloon),
     })
+}
+
+/// Says, as Firecracker does, that what was asked for should be asked for in another way.
+fn deprecated(mut response: Response) -> Response {
+    response
+        .headers_mut()
+        .insert("deprecation", HeaderValue::from_static("true"));
+    response
 }
 
 /// 200 with a JSON body.
 fn json<T: Serialize>(value: &T) -> Response {
     match serde_json::to_vec(value) {
         Ok(body) => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
-        Err(error) => Fault(format!("The answer could not be written as JSON: {error}.")).into_response(),
+        Err(error) => Fault::new(format!("The answer could not be written as JSON: {error}.")).into_response(),
     }
 }
 
+#[cfg(test)]
+mod table;
 #[cfg(test)]
 mod tests;

@@ -37,12 +37,12 @@ pub(super) async fn cputime(
     index: Result<Path<String>, PathRejection>,
     asked: Result<Query<Asked>, QueryRejection>,
 ) -> Result<Response, Fault> {
-    let Query(Asked { explain }) = asked.map_err(|error| Fault(format!("{}.", error.body_text())))?;
+    let Query(Asked { explain }) = asked.map_err(|error| Fault::new(format!("{}.", error.body_text())))?;
     let number = number(&shared, index)?;
     Ok(match explain {
         Explain::Yes => {
             let explained = shared.backend.explain(number);
-            let again = || Fault(format!("vCPU {number} cannot be explained at this instant: ask again."));
+            let again = || Fault::new(format!("vCPU {number} cannot be explained at this instant: ask again."));
             json(&explained.ok_or_else(again)?)
         }
         Explain::No => json(&shared.backend.read(number)),
@@ -60,13 +60,13 @@ pub(super) async fn histograms(
 
 /// The vCPU that the path names: one that is there.
 fn number(shared: &Shared, index: Result<Path<String>, PathRejection>) -> Result<usize, Fault> {
-    let Path(index) = index.map_err(|error| Fault(format!("Invalid vCPU index: {error}.")))?;
+    let Path(index) = index.map_err(|error| Fault::new(format!("Invalid vCPU index: {error}.")))?;
     let count = shared.backend.vcpus();
     let number = index.parse().ok().filter(|&number| number < count);
     number.ok_or_else(|| match count {
-        0 => Fault("The microVM has no vCPUs before it is started: send InstanceStart first.".to_owned()),
-        1 => Fault(format!("There is no vCPU {index:?}: this microVM has one, number 0.")),
-        _ => Fault(format!(
+        0 => Fault::new("The microVM has no vCPUs before it is started: send InstanceStart first."),
+        1 => Fault::new(format!("There is no vCPU {index:?}: this microVM has one, number 0.")),
+        _ => Fault::new(format!(
             "There is no vCPU {index:?}: this microVM has {count}, numbered 0 to {}.",
             count - 1
         )),

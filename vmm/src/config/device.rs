@@ -1,9 +1,14 @@
 //! What the devices are made of: the shapes of Firecracker's `/drives`, `/network-interfaces`, `/vsock`, `/entropy` and
-//! `/balloon`. What one may hold beside its type is said by its device, where it is built.
+//! `/balloon`. What one may hold beside its type is said by `devices.rs`, and by its device, where it is built.
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// A field that Firecracker lets be `null`, for its default.
+fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
 
 /// One token bucket: at most `size` tokens at once, full again after `refill_time` from empty.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +50,7 @@ pub struct Drive {
     #[serde(default)]
     pub cache_type: CacheType,
     /// Whether writes are refused.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub is_read_only: bool,
     /// A raw image, or a block device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -54,7 +59,7 @@ pub struct Drive {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
     /// How requests reach the file.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub io_engine: IoEngine,
     /// Of a vhost-user back end, which we do not have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -236,21 +241,6 @@ pub struct BalloonUpdate {
 pub struct BalloonStatsUpdate {
     /// Seconds between two statistics. From 0 to more, or from more to 0, it cannot be changed after the start.
     pub stats_polling_interval_s: u16,
-}
-
-/// All devices of a microVM, in the order they are found by the guest.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Devices {
-    /// Drives; a root device comes first, as `/dev/vda`.
-    pub drives: Vec<Drive>,
-    /// Interfaces: `eth0`, `eth1`, and so on.
-    pub network_interfaces: Vec<NetworkInterface>,
-    /// The socket device.
-    pub vsock: Option<Vsock>,
-    /// The source of randomness.
-    pub entropy: Option<Entropy>,
-    /// The balloon.
-    pub balloon: Option<Balloon>,
 }
 
 #[cfg(test)]

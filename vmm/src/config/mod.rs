@@ -1,7 +1,12 @@
-//! What a microVM is made of: the shapes of Firecracker's `/machine-config` and `/boot-source`, and what each may hold; its
-//! devices' are in `device.rs`.
+//! What a microVM is made of: the shapes of Firecracker's `/machine-config` and `/boot-source`, and what each may hold.
+//!
+//! A device's shape is in `device.rs`, what goes together with what in `devices.rs`, where the outputs go in `outputs.rs`, and all
+//! of it together in `vm.rs`.
 
 mod device;
+mod devices;
+mod outputs;
+mod vm;
 
 use std::path::PathBuf;
 
@@ -9,9 +14,12 @@ use serde::{Deserialize, Deserializer, Serialize};
 pub use vcpu::pin::Pinning;
 
 pub use device::{
-    Balloon, BalloonStatsUpdate, BalloonUpdate, CacheType, Devices, Drive, DriveUpdate, Entropy, IoEngine, MacAddr,
+    Balloon, BalloonStatsUpdate, BalloonUpdate, CacheType, Drive, DriveUpdate, Entropy, IoEngine, MacAddr,
     NetworkInterface, NetworkInterfaceUpdate, RateLimiter, TokenBucket, Vsock,
 };
+pub use devices::{BalloonRefused, Devices, DriveRefused, InterfaceRefused, VsockRefused};
+pub use outputs::{Level, Logger, Metrics, Serial};
+pub use vm::VmConfig;
 
 /// Largest number of vCPUs.
 pub const MAX_VCPUS: u8 = 32;
@@ -60,12 +68,20 @@ impl Default for MachineConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// Too few or too many.
-    #[error("vcpu_count is {0}: a microVM has 1 to {MAX_VCPUS} vCPUs")]
+    /// Too few or too many. Firecracker's words.
+    #[error(
+        "The number of vCPUs must be greater than 0, less than {MAX_VCPUS} and must be 1 or an even number if SMT is enabled."
+    )]
     VcpuCount(u8),
-    /// No memory, or half a huge page.
-    #[error("mem_size_mib is {0}: a microVM needs at least 1 MiB, and a multiple of 2 with huge_pages 2M")]
+    /// No memory, or half a huge page. Firecracker's words.
+    #[error("The memory size (MiB) is either 0, or not a multiple of the configured page size.")]
     MemSize(usize),
+    /// Less memory than the balloon is to have. Firecracker's words.
+    #[error("The memory size (MiB) is smaller than the previously set balloon device target size.")]
+    LessThanBalloon(usize),
+    /// Pages of 2 MiB cannot be given back one by one. Firecracker's words.
+    #[error("Firecracker's huge pages support is incompatible with memory ballooning.")]
+    BalloonAndHugePages,
     /// A field whose only value is its default.
     #[error("{0} is not supported yet: leave it out or set it to false")]
     Unsupported(&'static str),
@@ -190,16 +206,6 @@ pub struct BootSource {
     pub initrd_path: Option<PathBuf>,
 }
 
-/// `GET /vm/config`: everything configured, kebab-case keys.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct VmConfig {
-    /// The machine.
-    pub machine_config: Option<MachineConfig>,
-    /// What it boots.
-    pub boot_source: Option<BootSource>,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -214,24 +220,30 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_cannot_be_had_is_refused_by_field_and_value() {
+    fn a_machine_that_cannot_be_had_is_refused_with_what_is_wrong() {
         let refusal = |change: fn(&mut MachineConfig)| {
             let mut config = MachineConfig::default();
             change(&mut config);
             config.check().unwrap_err().to_string()
         };
-        assert_eq!(
-            refusal(|c| c.vcpu_count = 0),
-            "vcpu_count is 0: a microVM has 1 to 32 vCPUs"
-        );
-        assert_eq!(
-            refusal(|c| c.vcpu_count = 33),
-            "vcpu_count is 33: a microVM has 1 to 32 vCPUs"
-        );
-        assert!(refusal(|c| c.mem_size_mib = 0).starts_with("mem_size_mib is 0:"));
+        for vcpu_count in [0, 33] {
+            let config = MachineConfig {
+                vcpu_count,
+                ..MachineConfig::default()
+            };
+            assert_eq!(config.check(), Err(ConfigError::VcpuCount(vcpu_count)));
+        }
         assert!(
-            refusal(|c| (c.mem_size_mib, c.huge_pages) = (3, HugePages::Hugetlbfs2M)).starts_with("mem_size_mib is 3:")
+            refusal(|c| c.vcpu_count = 0).starts_with("The number of vCPUs must be greater than 0, less than 32 and")
         );
+        for (mem_size_mib, huge_pages) in [(0, HugePages::None), (3, HugePages::Hugetlbfs2M)] {
+            let config = MachineConfig {
+                mem_size_mib,
+                huge_pages,
+                ..MachineConfig::default()
+            };
+            assert_eq!(config.check(), Err(ConfigError::MemSize(mem_size_mib)));
+        }
         assert!(refusal(|c| c.smt = true).starts_with("smt is not supported yet"));
         assert!(refusal(|c| c.track_dirty_pages = true).starts_with("track_dirty_pages is not supported yet"));
         assert_eq!(

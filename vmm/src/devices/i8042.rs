@@ -76,6 +76,8 @@ pub struct I8042 {
 #[derive(Debug)]
 struct State {
     control: u8,
+    /// Whether the guest has set the controller up.
+    driven: bool,
     output_port: u8,
     /// The command whose parameter the next byte to the data port is.
     pending: Option<u8>,
@@ -100,6 +102,7 @@ impl I8042 {
         Ok(Self {
             state: Mutex::new(State {
                 control: CONTROL_INTERRUPT | CONTROL_SYSTEM_FLAG | CONTROL_AUX_OFF,
+                driven: false,
                 output_port: OUTPUT_PORT_IDLE,
                 pending: None,
                 keyboard_pending: None,
@@ -132,6 +135,13 @@ impl I8042 {
         state.bytes.extend(CTRL_ALT_DEL);
         self.interrupt_if_full(&state);
         Ok(())
+    }
+
+    /// Whether the guest has a driver that is told of keys: one that has set the controller up, and left its interrupt on.
+    #[must_use]
+    pub fn has_driver(&self) -> bool {
+        let state = self.state();
+        state.driven && state.control & CONTROL_INTERRUPT != 0
     }
 
     /// The guest reads the data port.
@@ -188,7 +198,7 @@ impl I8042 {
         let mut state = self.state();
         state.last_was_command = false;
         match state.pending.take() {
-            Some(WRITE_CONTROL) => state.control = byte,
+            Some(WRITE_CONTROL) => (state.control, state.driven) = (byte, true),
             Some(WRITE_OUTPUT_PORT) => {
                 state.output_port = byte;
                 if byte & 1 == 0 {

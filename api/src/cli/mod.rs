@@ -3,15 +3,18 @@
 //! Without a command it is Firecracker's, flag for flag as its clients spawn it. Flags of Firecracker that only inform, or
 //! that choose what we always do, are accepted and have no effect; flags whose loss would matter are refused.
 
+mod devices;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use accounting::GtimeSource;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
-use vmm::config::{MAX_VCPUS, Pinning};
+use vmm::config::{MAX_VCPUS, Pinning, Vsock};
 
 use crate::exit;
+pub use devices::{Disk, Net};
 
 /// Where the API's socket is unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/chronovisor.socket";
@@ -59,7 +62,7 @@ pub struct Serve {
     /// Name of the microVM: 1 to 64 letters, digits and hyphens
     #[arg(long, default_value = "anonymous-instance", value_parser = id)]
     pub id: String,
-    /// Configure and start the microVM from this JSON file (machine-config, boot-source)
+    /// Configure and start the microVM from this JSON file: the sections that GET /vm/config answers
     #[arg(long, value_name = "FILE")]
     pub config_file: Option<PathBuf>,
     /// Serve no API; needs --config-file
@@ -71,6 +74,9 @@ pub struct Serve {
     /// Run without a seccomp filter (always so, for now)
     #[arg(long)]
     pub no_seccomp: bool,
+    /// Write metrics to this file or fifo, a line of JSON every minute
+    #[arg(long, value_name = "FILE")]
+    pub metrics_path: Option<PathBuf>,
     /// Where guest time comes from.
     #[command(flatten)]
     pub gtime: Gtime,
@@ -90,12 +96,6 @@ pub struct Ignored {
     enable_pci: bool,
     #[arg(long, hide = true)]
     boot_timer: bool,
-    #[arg(long, hide = true)]
-    show_level: bool,
-    #[arg(long, hide = true)]
-    show_log_origin: bool,
-    #[arg(long, hide = true, value_name = "MODULE")]
-    module: Option<String>,
     #[arg(long, hide = true, value_name = "US")]
     start_time_us: Option<u64>,
     #[arg(long, hide = true, value_name = "US")]
@@ -105,13 +105,9 @@ pub struct Ignored {
 }
 
 impl Ignored {
-    /// Those given whose absence of effect somebody may notice. The jailer's clock readings and the log's looks are not among them.
+    /// Those given whose absence of effect somebody may notice. The jailer's clock readings are not among them.
     pub fn noticeable(&self) -> impl Iterator<Item = &'static str> {
-        let flags = [
-            (self.enable_pci, "--enable-pci"),
-            (self.boot_timer, "--boot-timer"),
-            (self.module.is_some(), "--module"),
-        ];
+        let flags = [(self.enable_pci, "--enable-pci"), (self.boot_timer, "--boot-timer")];
         flags.into_iter().filter_map(|(given, flag)| given.then_some(flag))
     }
 }
@@ -135,6 +131,15 @@ pub struct Log {
     /// Off, Error, Warning, Info, Debug or Trace [default: Info with --log-path, Warning without]
     #[arg(long, value_parser = level)]
     pub level: Option<LevelFilter>,
+    /// Write each line's level into the log file
+    #[arg(long)]
+    pub show_level: bool,
+    /// Write into the log file where in the source each line comes from
+    #[arg(long)]
+    pub show_log_origin: bool,
+    /// Log only what comes from this module of the source, and from those in it
+    #[arg(long, value_name = "MODULE")]
+    pub module: Option<String>,
 }
 
 /// `chronovisor run`.
@@ -149,6 +154,19 @@ pub struct Run {
     /// Kernel command line
     #[arg(long, default_value = "console=ttyS0 reboot=k panic=-1", allow_hyphen_values = true)]
     pub cmdline: String,
+    /// A raw disk image or a block device, ":ro" for read-only; may be given again. The first one is the root, unless the command
+    /// line names another (root=)
+    #[arg(long, value_name = "FILE[:ro]", value_parser = devices::disk)]
+    pub disk: Vec<Disk>,
+    /// A network interface on a tap device of the host; may be given again. Its id is eth0, eth1, ... unless given
+    #[arg(long, value_name = "tap=NAME[,mac=MAC][,id=ID]", value_parser = devices::net)]
+    pub net: Vec<Net>,
+    /// Sockets between guest and host: the guest's context id, from 3 up, and a unix socket that is made for the host's side
+    #[arg(long, value_name = "cid=CID,uds=PATH", value_parser = devices::vsock)]
+    pub vsock: Option<Vsock>,
+    /// Give the guest a source of randomness (virtio-rng)
+    #[arg(long)]
+    pub rng: bool,
     /// Number of vCPUs, 1 to 32
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_VCPUS)))]
     pub cpus: u8,
@@ -426,6 +444,9 @@ mod tests {
             ("chronovisor run --kernel k --mem 0", "--mem"),
             ("chronovisor run --kernel k --mem lots", "lots"),
             ("chronovisor run --kernel k --pin x", "--pin"),
+            ("chronovisor run --kernel k --disk :ro", "--disk"),
+            ("chronovisor run --kernel k --net mac=1", "--net"),
+            ("chronovisor run --kernel k --vsock cid=3", "--vsock"),
             ("chronovisor --no-api", "--config-file"),
             ("chronovisor --id a_b", "--id"),
             ("chronovisor --level loud", "--level"),

@@ -1,0 +1,175 @@
+//! A microVM without a machine, for tests: the lifecycle and its rules are the real ones, the machine only writes down what is
+//! done to it. With the feature `fake`, so that other rooms can be tested over it.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use accounting::Account;
+
+use crate::action::{Action, ActionError, Reply};
+use crate::boot::BootError;
+use crate::config::{BootSource, Drive, DriveUpdate, Logger, NetworkInterfaceUpdate};
+use crate::devices::i8042::KeysUnread;
+use crate::devices::virtio::block::BlockError;
+use crate::kvm::KvmError;
+use crate::lifecycle::{Builder, Lifecycle, Run};
+use crate::log::LogError;
+use crate::machine::{Plan, StartError};
+use crate::metrics::Counters;
+
+/// Under this directory there is nothing: a file named there is refused, and every other one taken.
+pub const NOWHERE: &str = "/nowhere";
+
+/// See the module.
+pub struct FakeVm(Mutex<Lifecycle<FakeBuilder>>);
+
+impl FakeVm {
+    /// One that is not started.
+    #[must_use]
+    pub fn new() -> Self {
+        let life = Lifecycle::new("fake".into(), FakeBuilder::default(), Arc::default());
+        Self(Mutex::new(life))
+    }
+
+    /// Does `action`, or says why not.
+    ///
+    /// # Errors
+    /// As the real one.
+    pub fn act(&self, action: Action) -> Result<Reply, ActionError> {
+        self.0.lock().expect("no holder of this lock panics").act(action)
+    }
+}
+
+impl Default for FakeVm {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl std::fmt::Debug for FakeVm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FakeVm")
+    }
+}
+
+/// What was done to a machine.
+pub(crate) type Log = Arc<Mutex<Vec<&'static str>>>;
+
+fn log(log: &Log) -> MutexGuard<'_, Vec<&'static str>> {
+    log.lock().expect("no holder of this lock panics")
+}
+
+/// A machine that writes down what is done to it.
+#[derive(Debug)]
+pub(crate) struct FakeMachine {
+    log: Log,
+    deaf: bool,
+}
+
+impl Run for FakeMachine {
+    fn resume(&self) {
+        log(&self.log).push("resume");
+    }
+    fn pause(&self) {
+        log(&self.log).push("pause");
+    }
+    fn ctrl_alt_del(&self) -> Result<(), KeysUnread> {
+        log(&self.log).push("keys");
+        Ok(())
+    }
+    fn hears_keys(&self) -> bool {
+        !self.deaf
+    }
+    fn update_drive(&self, update: &DriveUpdate) -> Result<(), BlockError> {
+        update
+            .path_on_host
+            .as_deref()
+            .map_or(Ok(()), |path| open(&update.drive_id, path))?;
+        log(&self.log).push("drive");
+        Ok(())
+    }
+    fn update_interface(&self, _update: &NetworkInterfaceUpdate) {
+        log(&self.log).push("interface");
+    }
+    fn metrics(&self) -> Counters {
+        Counters::new()
+    }
+    fn accounts(&self) -> Vec<Arc<Account>> {
+        vec![]
+    }
+}
+
+impl Drop for FakeMachine {
+    fn drop(&mut self) {
+        log(&self.log).push("stop");
+    }
+}
+
+/// Makes them.
+#[derive(Debug, Default)]
+pub(crate) struct FakeBuilder {
+    /// What is done to what it makes.
+    pub log: Log,
+    /// Whether it fails to.
+    pub fails: Arc<AtomicBool>,
+    /// Whether its guests have no keyboard driver.
+    pub deaf: bool,
+}
+
+impl Builder for FakeBuilder {
+    type Machine = FakeMachine;
+
+    fn check(&self, source: &BootSource) -> Result<(), BootError> {
+        if source.kernel_image_path.starts_with(NOWHERE) {
+            return Err(BootError::Open {
+                what: "kernel",
+                path: source.kernel_image_path.clone(),
+                source: not_found(),
+            });
+        }
+        Ok(())
+    }
+
+    fn check_drive(&self, drive: &Drive) -> Result<(), BlockError> {
+        match &drive.path_on_host {
+            Some(path) => open(&drive.drive_id, path),
+            None => Err(BlockError::NoPath {
+                drive: drive.drive_id.clone(),
+            }),
+        }
+    }
+
+    fn configure_log(&self, logger: &Logger) -> Result<(), LogError> {
+        match &logger.log_path {
+            Some(path) if path.starts_with(NOWHERE) => Err(not_found().into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn build(&self, _plan: &Plan) -> Result<(FakeMachine, Vec<String>), StartError> {
+        if self.fails.load(Ordering::Relaxed) {
+            return Err(KvmError::Missing.into());
+        }
+        let machine = FakeMachine {
+            log: Arc::clone(&self.log),
+            deaf: self.deaf,
+        };
+        Ok((machine, vec!["a warning".into()]))
+    }
+}
+
+fn not_found() -> std::io::Error {
+    std::io::Error::from_raw_os_error(libc::ENOENT)
+}
+
+fn open(drive: &str, path: &Path) -> Result<(), BlockError> {
+    if !path.starts_with(NOWHERE) {
+        return Ok(());
+    }
+    Err(BlockError::Open {
+        drive: drive.into(),
+        path: PathBuf::from(path),
+        source: not_found(),
+    })
+}
