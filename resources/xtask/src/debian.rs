@@ -35,6 +35,14 @@ pub fn install(commands: &[(&str, &str)]) -> Result<()> {
         .filter(|(command, _)| lacks(command))
         .map(|&(_, package)| package)
         .collect();
+    install_packages(&missing)
+}
+
+/// Installs `missing`, by the names of packages.
+///
+/// # Errors
+/// As [`install_missing`].
+pub fn install_packages(missing: &[&str]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
@@ -49,7 +57,7 @@ pub fn install(commands: &[(&str, &str)]) -> Result<()> {
     let install = || {
         apt(
             "apt-get",
-            ["install", "--yes", "--no-install-recommends"].iter().chain(&missing),
+            ["install", "--yes", "--no-install-recommends"].iter().chain(missing),
         )
     };
     if install().is_err() {

@@ -7,6 +7,7 @@ mod accuracy;
 mod bed;
 mod bench;
 mod build;
+mod clients;
 mod cpio;
 mod debian;
 mod demo;
@@ -42,7 +43,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Get what the others need: Debian packages, the kernel, the guest's initramfs
+    /// Get what the others need: Debian packages, the kernel, the guest's initramfs, Firecracker's Python clients
     ///
     /// As root, installs the packages that this machine lacks; else prints the line that does. The kernel and busybox are
     /// only downloaded and unpacked. A second run touches no network.
@@ -100,8 +101,10 @@ fn run(task: Task) -> Result<u8> {
         Task::Setup => {
             debian::install_missing()?;
             let kit = setup::setup(&layout)?;
+            let clients = clients::install(&layout)?;
             println!("guest kernel     {}", kit.vmlinux.display());
             println!("guest initramfs  {}", kit.initramfs.display());
+            println!("Python clients   {}", clients.display());
             Ok(DONE)
         }
         Task::Demo => demo::demo(&layout).map(|()| DONE),

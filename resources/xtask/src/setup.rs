@@ -33,13 +33,7 @@ pub fn setup(layout: &Layout) -> Result<Kit> {
     let kept = layout.kept();
     let downloads = kept.join("downloads");
     fs::create_dir_all(&downloads).with_context(|| format!("cannot make {}", downloads.display()))?;
-    // Two of us at a time would write to the same temporary names. The lock goes with the file, however we end.
-    let lock = File::create(kept.join("lock"))?;
-    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-        let _progress = Progress::new("waiting for another cargo xtask");
-        flock(&lock, FlockOperation::LockExclusive)?;
-    }
-
+    let _lock = lock(&kept)?;
     let kernel = unpacked(&kept, "kernel", || debian::kernel_package(&downloads))?;
     let busybox = unpacked(&kept, "busybox", || debian::busybox_package(&downloads))?.join("bin/busybox");
     let bzimage = starting_with(&kernel.join("boot"), "vmlinuz-")?;
@@ -67,6 +61,16 @@ pub fn setup(layout: &Layout) -> Result<Kit> {
         busybox,
         initramfs,
     })
+}
+
+/// Locks `kept`: two of us at a time would write to the same temporary names. The lock goes with the file, however we end.
+pub fn lock(kept: &Path) -> Result<File> {
+    let lock = File::create(kept.join("lock"))?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let _progress = Progress::new("waiting for another cargo xtask");
+        flock(&lock, FlockOperation::LockExclusive)?;
+    }
+    Ok(lock)
 }
 
 /// Drivers of our devices. Debian's kernel finds the devices by ACPI once `virtio_mmio` is there.

@@ -9,6 +9,7 @@
 //! tests by name. Neither counts as passed.
 
 use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::build::{self, TestProgram};
 use crate::layout::Layout;
 use crate::libtest::{Parser, Tally};
 use crate::process::follow;
-use crate::{bed, debian, setup};
+use crate::{bed, clients, debian, setup};
 
 /// Where tests run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -65,6 +66,8 @@ impl Bed {
 pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<bool> {
     // What needs the guest, or QEMU, says so where it lacks: the other tests need neither.
     let kit = debian::install_missing().and_then(|()| setup::setup(layout));
+    let wants_clients = only.is_none_or(|only| only == Bed::Kvm);
+    let clients = wants_clients.then(|| clients::install(layout));
     let built = build::everything(layout)?;
     let mut tallies = Vec::new();
     for bed in BEDS.into_iter().filter(|&bed| only.is_none_or(|only| only == bed)) {
@@ -74,6 +77,7 @@ pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<
             layout,
             chronovisor: &built.chronovisor,
             programs: &programs,
+            clients: clients.as_ref(),
             filter,
         };
         let tally = match bed {
@@ -122,8 +126,10 @@ fn report(tallies: Vec<(Bed, Tally)>) -> bool {
 /// The programs of one bed.
 struct Run<'a> {
     layout: &'a Layout,
-    chronovisor: &'a std::path::Path,
+    chronovisor: &'a Path,
     programs: &'a [&'a TestProgram],
+    /// The environments of Firecracker's clients, where the bed has tests of them.
+    clients: Option<&'a Result<PathBuf>>,
     filter: Option<&'a str>,
 }
 
@@ -276,6 +282,11 @@ impl Run<'_> {
             .current_dir(&program.package)
             .env("CARGO_MANIFEST_DIR", &program.package);
         command.env("CHRONOVISOR_BED", self.layout.bed()).stdin(Stdio::null());
+        match self.clients {
+            Some(Ok(environments)) => command.env("CHRONOVISOR_CLIENTS", environments),
+            Some(Err(error)) => command.env("CHRONOVISOR_CLIENTS_LACK", format!("{error:#}")),
+            None => &mut command,
+        };
         command
     }
 }

@@ -224,6 +224,33 @@ impl Program {
         Self { code, ring: 0 }
     }
 
+    /// Writes "up" to the serial port, waits for a key, looking out for one every 100,000 turns of a loop, and resets the machine:
+    /// Ctrl-Alt-Del ends it in good order, as it would a Linux guest.
+    #[must_use]
+    pub fn reset_by_key() -> Self {
+        let code = vec![
+            0x66, 0xba, 0xf8, 0x03, //                   mov    $COM1, %dx
+            0xb0, b'u', //                               mov    $'u', %al
+            0xee, //                                     out    %al, %dx
+            0xb0, b'p', //                               mov    $'p', %al
+            0xee, //                                     out    %al, %dx
+            0xb0, b'\n', //                              mov    $'\n', %al
+            0xee,  //                                     out    %al, %dx
+            // wait:
+            0xb9, 0xa0, 0x86, 0x01, 0x00, //             mov    $100000, %ecx
+            // turn:
+            0xff, 0xc9, //                               dec    %ecx
+            0x75, 0xfc, //                               jnz    turn
+            0xe4, 0x64, //                               in     $0x64, %al
+            0xa8, 0x01, //                               test   $1, %al
+            0x74, 0xf1, //                               jz     wait
+            0xb0, 0xfe, //                               mov    $0xfe, %al
+            0xe6, 0x64, //                               out    %al, $0x64
+            0xeb, 0xfe, //                               jmp    .
+        ];
+        Self { code, ring: 3 }
+    }
+
     /// Faults, with nothing there to handle it.
     #[must_use]
     pub fn triple_fault() -> Self {
