@@ -26,9 +26,9 @@ mkdir -p /var/lib/firecracker
 
 # 198.51.100.0/24 is for examples (RFC 5737).
 ip link set lo up
-ip link add eth0 type veth peer name nowhere
-ip addr add 198.51.100.2/24 dev eth0
-ip link set eth0 up
+ip link add uplink type veth peer name nowhere
+ip addr add 198.51.100.2/24 dev uplink
+ip link set uplink up
 ip link set nowhere up
 ip route add default via 198.51.100.1
 
