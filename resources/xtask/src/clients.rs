@@ -18,10 +18,11 @@ use crate::{debian, setup};
 const CLIENTS: [&str; 3] = ["firecracker-python", "hysn-firecracker-python", "microheart"];
 
 /// What the clients and their drivers run, and the packages that have it.
-const COMMANDS: [(&str, &str); 4] = [
+const COMMANDS: [(&str, &str); 5] = [
     ("python3", "python3"),
     ("ip", "iproute2"),
     ("iptables", "iptables"),
+    ("nft", "nftables"),
     ("sysctl", "procps"),
 ];
 /// What they import: the module, and the package that has it. nftables is where firecracker-python looks for it, which is not where

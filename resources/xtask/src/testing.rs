@@ -284,7 +284,8 @@ impl Run<'_> {
         command.env("CHRONOVISOR_BED", self.layout.bed()).stdin(Stdio::null());
         match self.clients {
             Some(Ok(environments)) => command.env("CHRONOVISOR_CLIENTS", environments),
-            Some(Err(error)) => command.env("CHRONOVISOR_CLIENTS_LACK", format!("{error:#}")),
+            // For the one line that says what was skipped.
+            Some(Err(error)) => command.env("CHRONOVISOR_CLIENTS_LACK", format!("{error:#}").replace('\n', " ")),
             None => &mut command,
         };
         command
