@@ -3,6 +3,7 @@
 //!
 //! It polls for the socket every 10 ms and gives each call but `/actions` 500 ms. We are to answer within 100 ms of exec.
 
+use std::ffi::OsStr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -20,14 +21,32 @@ const FIRST_ANSWER: Duration = Duration::from_millis(100);
 /// What the client gives a call.
 const CALL: Duration = Duration::from_millis(500);
 /// Starts. A median is over its limit only if most starts were, so what a busy machine does to a few of them is not held
-/// against us. Alone on a machine the first answer takes a poll and a few milliseconds, and a call less than one: a machine would
-/// have to hold up most starts by 80 ms to fail them.
+/// against us. What it does to all of them shows in a bare exec beside each, which is taken off the first answer. Alone on a machine
+/// a bare exec takes 1 ms, the first answer one poll and a few milliseconds, and a call less than one.
 const STARTS: usize = 9;
 
-/// Puts the process into a network of its own, with a tap; says so, and becomes `chronovisor` at a line's notice, so that
+/// Puts the process into a network of its own, with a tap; says so, and becomes its arguments at a line's notice, so that
 /// exec is when the line is sent, whatever the shell took before.
 const PRELUDE: &str = "ip link set lo up && ip tuntap add dev tap0 mode tap && ip link set tap0 up && echo ready \
-                       && read -r _ && exec \"$0\" \"$@\"";
+                       && read -r _ && exec \"$@\"";
+
+/// A process that has gone through [`PRELUDE`] and is about to be `arguments`.
+fn about_to_be<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Process {
+    let mut command = Command::new("unshare");
+    command.args(["--net", "sh", "-c", PRELUDE, "sh"]).args(arguments);
+    let mut process = Process::spawn(command);
+    process.wait_for("ready\n");
+    process
+}
+
+/// How long any program takes from exec until it is heard of, on this machine, now.
+fn bare_exec() -> Duration {
+    let mut process = about_to_be(["sh", "-c", "echo up"]);
+    let exec = Instant::now();
+    process.type_in("\n");
+    process.wait_for("up\n");
+    exec.elapsed()
+}
 
 /// The calls from the first answer to the start, in the client's order.
 fn calls(folder: &Folder) -> Vec<(&'static str, &'static str, Value)> {
@@ -64,8 +83,9 @@ fn calls(folder: &Folder) -> Vec<(&'static str, &'static str, Value)> {
     ]
 }
 
-/// What one start took: from exec to the first answer, then each call.
+/// What one start took: a bare exec beside it, from exec to the first answer, then each call.
 struct Start {
+    bare_exec: Duration,
     first_answer: Duration,
     calls: Vec<(String, Duration)>,
 }
@@ -76,14 +96,16 @@ fn start(program: &Program) -> Start {
     folder.write("disk", vec![0; 1 << 20]);
     let socket = folder.join("firecracker.sock");
 
-    let mut command = Command::new("unshare");
-    command
-        .args(["--net", "sh", "-c", PRELUDE])
-        .arg(bed::file("chronovisor"));
-    command.arg("--api-sock").arg(&socket);
-    command.args(["--id", "550e8400-e29b-41d4-a716-446655440000", "--no-seccomp"]);
-    let mut process = Process::spawn(command);
-    process.wait_for("ready\n");
+    let chronovisor = bed::file("chronovisor");
+    let id = "550e8400-e29b-41d4-a716-446655440000";
+    let arguments = [
+        "--api-sock".as_ref(),
+        socket.as_os_str(),
+        "--id".as_ref(),
+        id.as_ref(),
+        "--no-seccomp".as_ref(),
+    ];
+    let mut process = about_to_be([chronovisor.as_os_str()].into_iter().chain(arguments));
     let exec = Instant::now();
     process.type_in("\n");
 
@@ -124,7 +146,11 @@ fn start(program: &Program) -> Start {
     assert_eq!(stopped.status, 204, "{stopped:?}");
     let (status, _, stderr) = process.wait();
     assert_eq!(status.code(), Some(0), "the guest reset itself; stderr:\n{stderr}");
-    Start { first_answer, calls }
+    Start {
+        bare_exec: bare_exec(),
+        first_answer,
+        calls,
+    }
 }
 
 fn median(mut times: Vec<Duration>) -> Duration {
@@ -146,10 +172,11 @@ fn the_go_clients_calls_are_answered_within_its_patience() {
     let starts: Vec<Start> = (0..STARTS).map(|_| start(&program)).collect();
 
     let first_answer = median(starts.iter().map(|start| start.first_answer).collect());
-    println!("first answer: {first_answer:?}");
+    let bare_exec = median(starts.iter().map(|start| start.bare_exec).collect());
+    println!("first answer: {first_answer:?}, bare exec: {bare_exec:?}");
     assert!(
-        first_answer <= FIRST_ANSWER,
-        "{first_answer:?} from exec to the first answer"
+        first_answer.saturating_sub(bare_exec) <= FIRST_ANSWER,
+        "{first_answer:?} from exec to the first answer, where a bare exec takes {bare_exec:?}"
     );
     for (n, (call, _)) in starts[0].calls.iter().enumerate() {
         let took = median(starts.iter().map(|start| start.calls[n].1).collect());
