@@ -153,6 +153,22 @@ fn start(program: &Program) -> Start {
     }
 }
 
+/// Whether taps can be made here. The emulated host's kernel has no TUN, nor its busybox a word for it.
+fn taps() -> Result<(), String> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("to make a tap one has to be root".into());
+    }
+    std::fs::metadata("/dev/net/tun").map_err(|error| format!("/dev/net/tun: {error}"))?;
+    match Command::new("ip").args(["tuntap", "list"]).output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(format!(
+            "ip tuntap: {}",
+            String::from_utf8_lossy(&output.stderr).replace('\n', " ")
+        )),
+        Err(error) => Err(format!("ip: {error}")),
+    }
+}
+
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort();
     times[times.len() / 2]
@@ -161,12 +177,8 @@ fn median(mut times: Vec<Duration>) -> Duration {
 #[test]
 fn the_go_clients_calls_are_answered_within_its_patience() {
     require_bed!(kvm);
-    // The emulated host has no TUN, nor `ip`.
-    if let Err(error) = std::fs::metadata("/dev/net/tun") {
-        return bed::skipped("kvm", &format!("/dev/net/tun: {error}"));
-    }
-    if !rustix::process::geteuid().is_root() {
-        return bed::skipped("kvm", "to make a tap one has to be root");
+    if let Err(why) = taps() {
+        return bed::skipped("kvm", &why);
     }
     let program = Program::reset_by_key();
     let starts: Vec<Start> = (0..STARTS).map(|_| start(&program)).collect();
