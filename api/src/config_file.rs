@@ -100,6 +100,7 @@ fn parse(text: &[u8]) -> Result<Vec<Step>, ConfigFileError> {
         let name = format!("network-interfaces: {}", interface.iface_id);
         sections.push(name, Action::PutInterface(interface));
     }
+    sections.one("mmds-config", Action::PutMmdsConfig)?;
     sections.one("vsock", Action::PutVsock)?;
     sections.one("balloon", Action::PutBalloon)?;
     sections.one("entropy", Action::PutEntropy)?;
@@ -178,6 +179,7 @@ mod tests {
                 "drives": [{"drive_id": "data", "is_root_device": false, "path_on_host": "d", "io_engine": "Async"},
                            {"drive_id": "rootfs", "is_root_device": true, "path_on_host": "r", "is_read_only": true}],
                 "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:ac:10:00:02"}],
+                "mmds-config": {"network_interfaces": ["eth0"], "version": "V2"},
                 "vsock": {"guest_cid": 3, "uds_path": "v.sock"}, "entropy": {},
                 "balloon": {"amount_mib": 16, "deflate_on_oom": true}, "serial": {"serial_out_path": "/dev/null"}}"#,
         );

@@ -4,7 +4,7 @@
 //! bound before the guest starts, as their errors are the user's to fix; the terminal is made raw once the guest runs.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use accounting::GtimeSource;
 use anyhow::{Context, Result};
 use vmm::config::{BootSource, Entropy, HugePages, MachineConfig, Metrics};
 use vmm::log::LogSink;
+use vmm::mmds::data::DEFAULT_LIMIT_BYTES;
 use vmm::{Action, ActionError, Options, Vmm, VmmHandle};
 
 use crate::cli::{Run, Serve};
@@ -32,6 +33,7 @@ struct Plan {
     configure: Configure,
     gtime_source: GtimeSource,
     log: LogSink,
+    mmds_limit_bytes: usize,
     /// Puts what is wrong with that in its user's words.
     in_words: fn(&ActionError) -> String,
     on_reboot: OnReboot,
@@ -88,6 +90,7 @@ pub fn run(args: Run) -> Result<u8> {
         configure: Configure::AndStart(steps),
         gtime_source: args.gtime.source,
         log,
+        mmds_limit_bytes: DEFAULT_LIMIT_BYTES,
         in_words: by_flag,
         on_reboot: OnReboot::Report,
     })
@@ -106,16 +109,17 @@ pub fn serve(args: Serve) -> Result<u8> {
         let name = format!("--metrics-path {}", metrics_path.display());
         Step::new(name, Action::PutMetrics(Metrics { metrics_path }))
     });
-    let metrics = metrics.into_iter();
+    let metadata = args.metadata.as_deref().map(metadata).transpose()?;
+    let first = metrics.into_iter().chain(metadata);
     let configure = match &args.config_file {
-        None => Configure::Only(metrics.collect()),
+        None => Configure::Only(first.collect()),
         Some(path) => {
             let name = format!("--config-file {}", path.display());
             let steps = config_file::read(path).with_context(|| name.clone())?;
             let named = steps
                 .into_iter()
                 .map(|step| Step::new(format!("{name}: {}", step.name), step.action));
-            Configure::AndStart(metrics.chain(named).collect())
+            Configure::AndStart(first.chain(named).collect())
         }
     };
     launch(Plan {
@@ -129,9 +133,18 @@ pub fn serve(args: Serve) -> Result<u8> {
         configure,
         gtime_source: args.gtime.source,
         log,
+        mmds_limit_bytes: args.mmds_size_limit.unwrap_or(args.http_api_max_payload_size),
         in_words: ToString::to_string,
         on_reboot: OnReboot::Succeed,
     })
+}
+
+/// `--metadata`.
+fn metadata(path: &Path) -> Result<Step> {
+    let name = format!("--metadata {}", path.display());
+    let text = config_file::read_json(path).with_context(|| name.clone())?;
+    let document = serde_json::from_slice(&text).with_context(|| format!("{name}: is not JSON"))?;
+    Ok(Step::new(name, Action::PutMmds(document)))
 }
 
 /// The VMM speaks of fields of the API; who typed `run` knows its flags.
@@ -159,6 +172,7 @@ fn launch(plan: Plan) -> Result<u8> {
         console,
         gtime_source: plan.gtime_source,
         log: plan.log,
+        mmds_limit_bytes: plan.mmds_limit_bytes,
     };
     let (vmm, handle) = Vmm::spawn(options).context("the VMM's thread cannot be started")?;
     let session = Arc::new(Session {

@@ -4,18 +4,25 @@ use std::sync::Arc;
 
 use accounting::Account;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::boot::BootError;
 use crate::config::{
-    Balloon, BalloonRefused, BootSource, ConfigError, Drive, DriveRefused, DriveUpdate, Entropy, InterfaceRefused,
-    Logger, MachineConfig, MachineConfigUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate, Pinning, Serial,
-    VmConfig, Vsock, VsockRefused,
+    Balloon, BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, ConfigError, Drive, DriveRefused,
+    DriveUpdate, Entropy, InterfaceRefused, Logger, MachineConfig, MachineConfigUpdate, Metrics, NetworkInterface,
+    NetworkInterfaceUpdate, Pinning, Serial, VmConfig, Vsock, VsockRefused,
 };
 use crate::devices::i8042::KeysUnread;
+use crate::devices::virtio::balloon::BalloonError;
+pub use crate::devices::virtio::balloon::{BalloonStats, HintingStart, HintingStatus};
 use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::net::NetError;
 use crate::log::LogError;
 use crate::machine::StartError;
 use crate::metrics::MetricsError;
+use crate::mmds;
+use crate::mmds::config::MmdsConfig;
+use crate::mmds::data::UpdateError;
 
 /// A request to the VMM thread.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,6 +55,28 @@ pub enum Action {
     PutBalloon(Balloon),
     /// `GET /balloon`. Always legal.
     GetBalloon,
+    /// `PATCH /balloon`. After start.
+    PatchBalloon(BalloonUpdate),
+    /// `GET /balloon/statistics`. After start.
+    GetBalloonStats,
+    /// `PATCH /balloon/statistics`. After start.
+    PatchBalloonStats(BalloonStatsUpdate),
+    /// `PATCH /balloon/hinting/start`. After start.
+    StartHinting(HintingStart),
+    /// `GET /balloon/hinting/status`. After start.
+    GetHintingStatus,
+    /// `PATCH /balloon/hinting/stop`. After start.
+    StopHinting,
+    /// `GET /mmds`. Always legal.
+    GetMmds,
+    /// `PUT /mmds`. Always legal.
+    PutMmds(Value),
+    /// `PATCH /mmds`. Always legal, once there is something to be patched.
+    PatchMmds(Value),
+    /// `GET /mmds/config`. Always legal.
+    GetMmdsConfig,
+    /// `PUT /mmds/config`. Before start.
+    PutMmdsConfig(MmdsConfig),
     /// `PUT /serial`. Before start.
     PutSerial(Serial),
     /// `PUT /logger`. Before start.
@@ -86,6 +115,14 @@ pub enum Reply {
     MachineConfig(MachineConfig),
     /// To `GetBalloon`.
     Balloon(Balloon),
+    /// To `GetBalloonStats`.
+    BalloonStats(Box<BalloonStats>),
+    /// To `GetHintingStatus`.
+    HintingStatus(HintingStatus),
+    /// To `GetMmds`: null before the first put.
+    Mmds(Value),
+    /// To `GetMmdsConfig`.
+    MmdsConfig(Option<MmdsConfig>),
 }
 
 /// Why a request was refused. `Display` is the one line the user, or Firecracker's `fault_message`, gets.
@@ -119,6 +156,21 @@ pub enum ActionError {
     /// A balloon that cannot be had.
     #[error(transparent)]
     Balloon(#[from] BalloonRefused),
+    /// The balloon cannot do it.
+    #[error(transparent)]
+    AskBalloon(#[from] BalloonError),
+    /// An interface that cannot be had.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The metadata cannot be that.
+    #[error(transparent)]
+    Mmds(#[from] UpdateError),
+    /// The metadata service cannot be reached so.
+    #[error(transparent)]
+    MmdsConfig(#[from] mmds::config::ConfigError),
+    /// There is no metadata service.
+    #[error("the metadata service cannot be made: {0}")]
+    NoMmds(std::io::Error),
     /// The log cannot be written there.
     #[error(transparent)]
     Log(#[from] LogError),

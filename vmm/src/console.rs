@@ -8,10 +8,11 @@
 //! Input is read when there is some, and no further once the guest has no room, until it has. At its end, or an error, it is
 //! forgotten: a closed terminal is no reason to end a guest.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -19,11 +20,65 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, Mode, OFlags};
 
 use crate::Console;
+use crate::config::{self, Serial};
 use crate::devices::SerialPort;
 use crate::devices::ring::OutputRing;
+use crate::devices::virtio::rate_limiter::RateLimiter;
 
 /// How long the last words of a guest wait for a reader who does not read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Other output than the console's, for a machine that is about to start; taken by [`ConsoleIo`].
+pub(crate) type Redirect = Arc<Mutex<Option<Output>>>;
+
+/// See [`Redirect`].
+#[derive(Debug)]
+pub(crate) struct Output {
+    file: Option<File>,
+    limit: Option<RateLimiter>,
+}
+
+impl Output {
+    /// As `/serial` describes it.
+    ///
+    /// # Errors
+    /// The file cannot be opened, or there is no descriptor for the limiter.
+    pub(crate) fn open(serial: &Serial) -> std::io::Result<Self> {
+        // As the log's: a fifo needs no reader, and one that is full loses output.
+        let open = |path| {
+            OpenOptions::new()
+                .read(true)
+                .append(true)
+                .create(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(path)
+        };
+        let limit = serial.rate_limiter.map(|bandwidth| {
+            RateLimiter::new(Some(config::RateLimiter {
+                bandwidth: Some(bandwidth),
+                ops: None,
+            }))
+        });
+        Ok(Self {
+            file: serial.serial_out_path.as_ref().map(open).transpose()?,
+            limit: limit.transpose()?,
+        })
+    }
+}
+
+/// Takes from `bytes`, behind `from`, what exceeds `limit`, as Firecracker does: the guest does not wait for its log. By pieces,
+/// so that what there are tokens for gets through.
+fn drop_excess(limit: &mut RateLimiter, bytes: &mut Vec<u8>, from: usize) {
+    const PIECE: usize = 64;
+    let mut end = from;
+    while end < bytes.len() {
+        let piece = PIECE.min(bytes.len() - end);
+        if !limit.take(0, piece as u64, Instant::now()) {
+            bytes.truncate(end);
+        }
+        end += piece;
+    }
+}
 
 /// The VMM thread's side of the console.
 #[derive(Debug)]
@@ -33,6 +88,11 @@ pub(crate) struct ConsoleIo {
     output: Option<File>,
     /// Writing failed: output is dropped. The file stays open, since epoll may know it.
     broken: bool,
+    /// Where output is to go from now on.
+    redirect: Redirect,
+    limit: Option<RateLimiter>,
+    /// What the output does not take at once is lost, rather than waited with.
+    lossy: bool,
     /// Taken from the ring, not yet written.
     unwritten: Vec<u8>,
     input: Option<File>,
@@ -44,7 +104,12 @@ pub(crate) struct ConsoleIo {
 }
 
 impl ConsoleIo {
-    pub(crate) fn new(console: Console, ring: Arc<OutputRing>, serial: Arc<SerialPort>) -> std::io::Result<Self> {
+    pub(crate) fn new(
+        console: Console,
+        ring: Arc<OutputRing>,
+        serial: Arc<SerialPort>,
+        redirect: Redirect,
+    ) -> std::io::Result<Self> {
         let (input, output) = match console {
             Console::Files { input, output } => (
                 input.map(|input| nonblocking(input, OFlags::RDONLY)).transpose()?,
@@ -57,6 +122,9 @@ impl ConsoleIo {
             serial,
             output,
             broken: false,
+            redirect,
+            limit: None,
+            lossy: false,
             unwritten: Vec::new(),
             input,
             unread: Vec::new(),
@@ -71,8 +139,24 @@ impl ConsoleIo {
         if self.flush() {
             return true;
         }
+        let before = self.unwritten.len();
         self.ring.take(&mut self.unwritten);
+        self.follow_redirect();
+        if let Some(limit) = &mut self.limit {
+            drop_excess(limit, &mut self.unwritten, before);
+        }
         self.flush()
+    }
+
+    /// Before anything was written: epoll does not know the file that is replaced.
+    fn follow_redirect(&mut self) {
+        let new = self.redirect.lock().expect("no holder of this lock panics").take();
+        if let Some(Output { file, limit }) = new {
+            if file.is_some() {
+                (self.output, self.lossy) = (file, true);
+            }
+            self.limit = limit;
+        }
     }
 
     fn flush(&mut self) -> bool {
@@ -84,6 +168,7 @@ impl ConsoleIo {
             match output.write(&self.unwritten) {
                 Ok(written) => drop(self.unwritten.drain(..written)),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock && self.lossy => self.unwritten.clear(),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return true,
                 Err(e) => {
                     tracing::warn!("cannot write the guest's console output: {e}; dropping it from now on");

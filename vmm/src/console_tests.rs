@@ -10,7 +10,13 @@ type Loop = EventManager<Arc<Mutex<ConsoleIo>>>;
 fn console(input: Option<OwnedFd>, output: OwnedFd) -> (Loop, Arc<OutputRing>, Arc<SerialPort>) {
     let ring = Arc::new(OutputRing::new().unwrap());
     let serial = Arc::new(SerialPort::new(Arc::clone(&ring)).unwrap());
-    let io = ConsoleIo::new(Console::Files { input, output }, Arc::clone(&ring), Arc::clone(&serial)).unwrap();
+    let io = ConsoleIo::new(
+        Console::Files { input, output },
+        Arc::clone(&ring),
+        Arc::clone(&serial),
+        Redirect::default(),
+    )
+    .unwrap();
     let mut events = Loop::new().unwrap();
     events.add_subscriber(Arc::new(Mutex::new(io)));
     (events, ring, serial)
@@ -159,6 +165,7 @@ fn last_words_wait_for_a_reader_but_not_for_ever() {
         },
         Arc::clone(&ring),
         serial,
+        Redirect::default(),
     )
     .unwrap();
     (0..CAPACITY * 2).for_each(|_| ring.push(b'x'));
@@ -196,4 +203,43 @@ fn a_guest_that_never_stops_talking_does_not_hold_the_loop() {
     // It may be waiting for room.
     settle(&mut events);
     vcpu.join().unwrap();
+}
+
+#[test]
+fn output_goes_where_the_machine_says_and_what_exceeds_its_limit_is_lost() {
+    let file = crate::testing::TempFile::new(b"");
+    let serial: Serial = serde_json::from_value(serde_json::json!({
+        "serial_out_path": file.path(), "rate_limiter": { "size": 128, "refill_time": 3_600_000 }
+    }))
+    .unwrap();
+    let ring = Arc::new(OutputRing::new().unwrap());
+    let port = Arc::new(SerialPort::new(Arc::clone(&ring)).unwrap());
+    let redirect = Redirect::default();
+    let mut io = ConsoleIo::new(Console::None, Arc::clone(&ring), port, Arc::clone(&redirect)).unwrap();
+    *redirect.lock().unwrap() = Some(Output::open(&serial).unwrap());
+    (0..200).for_each(|byte| ring.push(byte));
+    assert!(!io.write(), "nothing is left to be written");
+    // The bucket holds two pieces of 64 bytes, and an hour is longer than this test.
+    assert_eq!(std::fs::read(file.path()).unwrap(), (0..128).collect::<Vec<u8>>());
+}
+
+#[test]
+fn a_fifo_that_nobody_reads_loses_output_and_holds_nobody_up() {
+    let file = crate::testing::TempFile::new(b"");
+    std::fs::remove_file(file.path()).unwrap();
+    rustix::fs::mkfifoat(rustix::fs::CWD, file.path(), Mode::RUSR | Mode::WUSR).unwrap();
+    let serial = Serial {
+        serial_out_path: Some(file.path().to_owned()),
+        rate_limiter: None,
+    };
+    let ring = Arc::new(OutputRing::new().unwrap());
+    let port = Arc::new(SerialPort::new(Arc::clone(&ring)).unwrap());
+    let redirect = Redirect::default();
+    let mut io = ConsoleIo::new(Console::None, Arc::clone(&ring), port, Arc::clone(&redirect)).unwrap();
+    *redirect.lock().unwrap() = Some(Output::open(&serial).unwrap());
+    // A pipe holds 64 KiB unless told otherwise (pipe(7)).
+    for _ in 0..4 {
+        (0..60_000).for_each(|_| ring.push(b'x'));
+        assert!(!io.write());
+    }
 }

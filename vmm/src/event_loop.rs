@@ -17,7 +17,7 @@ use rustix::time::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::console::ConsoleIo;
+use crate::console::{ConsoleIo, Redirect};
 use crate::devices::ring::OutputRing;
 use crate::devices::{MachineEvent, SerialPort};
 use crate::end::End;
@@ -39,10 +39,12 @@ pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::
         console,
         gtime_source,
         log,
+        mmds_limit_bytes,
     } = options;
     let ring = Arc::new(OutputRing::new()?);
+    let redirect = Redirect::default();
     let serial = Arc::new(SerialPort::new(Arc::clone(&ring))?);
-    let console = ConsoleIo::new(console, Arc::clone(&ring), Arc::clone(&serial))?;
+    let console = ConsoleIo::new(console, Arc::clone(&ring), Arc::clone(&serial), Arc::clone(&redirect))?;
     let cpus = Arc::new(HostCpus::read()?);
     let (events, happened) = channel();
     let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
@@ -53,6 +55,7 @@ pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::
         serial,
         events,
         wake: wake.try_clone()?,
+        redirect,
         log,
     };
 
@@ -69,7 +72,7 @@ pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::
             }
         };
         let control = Control {
-            lifecycle: Lifecycle::new(id, around, shared),
+            lifecycle: Lifecycle::new(id, around, shared, mmds_limit_bytes),
             inbox,
             happened,
             happening: wake,

@@ -9,14 +9,17 @@ use accounting::Account;
 
 use crate::action::{Action, ActionError, Reply};
 use crate::boot::BootError;
-use crate::config::{BootSource, Drive, DriveUpdate, Logger, NetworkInterfaceUpdate};
+use crate::config::{BootSource, Drive, DriveUpdate, Logger, NetworkInterface, NetworkInterfaceUpdate};
 use crate::devices::i8042::KeysUnread;
+use crate::devices::virtio::balloon::{Balloon, BalloonError, BalloonStats, HintingStart, HintingStatus};
 use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::net::NetError;
 use crate::kvm::KvmError;
 use crate::lifecycle::{Builder, Lifecycle, Run};
 use crate::log::LogError;
 use crate::machine::{Plan, StartError};
 use crate::metrics::Counters;
+use crate::mmds::data::DEFAULT_LIMIT_BYTES;
 
 /// Under this directory there is nothing: a file named there is refused, and every other one taken.
 pub const NOWHERE: &str = "/nowhere";
@@ -28,7 +31,12 @@ impl FakeVm {
     /// One that is not started.
     #[must_use]
     pub fn new() -> Self {
-        let life = Lifecycle::new("fake".into(), FakeBuilder::default(), Arc::default());
+        let life = Lifecycle::new(
+            "fake".into(),
+            FakeBuilder::default(),
+            Arc::default(),
+            DEFAULT_LIMIT_BYTES,
+        );
         Self(Mutex::new(life))
     }
 
@@ -65,6 +73,15 @@ fn log(log: &Log) -> MutexGuard<'_, Vec<&'static str>> {
 pub(crate) struct FakeMachine {
     log: Log,
     deaf: bool,
+    mem_size_mib: usize,
+    balloon: Option<Mutex<Balloon>>,
+}
+
+impl FakeMachine {
+    fn with_balloon<T>(&self, ask: impl FnOnce(&mut Balloon) -> Result<T, BalloonError>) -> Result<T, BalloonError> {
+        let balloon = self.balloon.as_ref().ok_or(BalloonError::NotActive)?;
+        ask(&mut *balloon.lock().expect("no holder of this lock panics"))
+    }
 }
 
 impl Run for FakeMachine {
@@ -91,6 +108,28 @@ impl Run for FakeMachine {
     }
     fn update_interface(&self, _update: &NetworkInterfaceUpdate) {
         log(&self.log).push("interface");
+    }
+    /// Its driver is always ready, as none of a real balloon without a guest is.
+    fn update_balloon(&self, amount_mib: u32) -> Result<(), BalloonError> {
+        if amount_mib as usize > self.mem_size_mib {
+            return Err(BalloonError::TooMuch(amount_mib));
+        }
+        Ok(())
+    }
+    fn balloon_stats(&self) -> Result<BalloonStats, BalloonError> {
+        self.with_balloon(|balloon| balloon.stats())
+    }
+    fn update_balloon_stats(&self, interval_s: u16) -> Result<(), BalloonError> {
+        self.with_balloon(|balloon| balloon.update_stats_interval(interval_s))
+    }
+    fn start_hinting(&self, _start: HintingStart) -> Result<(), BalloonError> {
+        self.hinting_status().map(drop)
+    }
+    fn hinting_status(&self) -> Result<HintingStatus, BalloonError> {
+        self.with_balloon(|balloon| balloon.hinting_status())
+    }
+    fn stop_hinting(&self) -> Result<(), BalloonError> {
+        self.hinting_status().map(drop)
     }
     fn metrics(&self) -> Counters {
         Counters::new()
@@ -147,13 +186,28 @@ impl Builder for FakeBuilder {
         }
     }
 
-    fn build(&self, _plan: &Plan) -> Result<(FakeMachine, Vec<String>), StartError> {
+    fn check_interface(&self, interface: &NetworkInterface) -> Result<(), NetError> {
+        match interface.mtu {
+            Some(mtu) if mtu < 68 => Err(NetError::Mtu {
+                iface: interface.iface_id.clone(),
+                mtu,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn build(&self, plan: &Plan) -> Result<(FakeMachine, Vec<String>), StartError> {
         if self.fails.load(Ordering::Relaxed) {
             return Err(KvmError::Missing.into());
         }
         let machine = FakeMachine {
             log: Arc::clone(&self.log),
             deaf: self.deaf,
+            mem_size_mib: plan.machine.mem_size_mib,
+            balloon: plan.devices.balloon.map(|config| {
+                let balloon = Balloon::new(&config).expect("there are descriptors for a timer");
+                Mutex::new(balloon)
+            }),
         };
         Ok((machine, vec!["a warning".into()]))
     }

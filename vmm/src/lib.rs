@@ -48,7 +48,7 @@ use std::thread::JoinHandle;
 use accounting::GtimeSource;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use action::{Accounts, Action, ActionError, Info, Reply, RunState};
+pub use action::{Accounts, Action, ActionError, HintingStart, Info, Reply, RunState};
 pub use devices::i8042::KeysUnread;
 pub use end::End;
 
@@ -78,6 +78,8 @@ pub struct Options {
     pub gtime_source: GtimeSource,
     /// What configures the log.
     pub log: log::LogSink,
+    /// Largest metadata, in bytes.
+    pub mmds_limit_bytes: usize,
 }
 
 /// What the VMM thread publishes for any thread to read.

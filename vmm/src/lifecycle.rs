@@ -23,23 +23,29 @@
 //!
 //! This is policy only. The machine is behind a trait, so all of it is tested without one.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use accounting::Account;
 
 use crate::action::{Action, Info, Reply, RunState};
 use crate::boot::BootError;
 use crate::config::{
-    BalloonRefused, BootSource, Devices, Drive, DriveUpdate, Logger, MachineConfig, Metrics, NetworkInterfaceUpdate,
-    Pinning, RateLimiter, Serial, VmConfig,
+    BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, Devices, Drive, DriveUpdate, Logger, MachineConfig,
+    Metrics, NetworkInterface, NetworkInterfaceUpdate, Pinning, RateLimiter, Serial, VmConfig,
 };
+use crate::console::Output;
 use crate::devices::MachineEvent;
 use crate::devices::i8042::KeysUnread;
+use crate::devices::virtio::balloon::{BalloonError, BalloonStats, HintingStart, HintingStatus};
 use crate::devices::virtio::block::{Block, BlockError};
+use crate::devices::virtio::net::{Net, NetError};
 use crate::end::{self, End};
 use crate::log::LogError;
 use crate::machine::{Machine, Plan, StartError, Surroundings};
 use crate::metrics::{Counters, MetricsError, MetricsFile};
+use crate::mmds::config::MmdsConfig;
+use crate::mmds::{Mmds, SharedMmds};
 use crate::{ActionError, Shared};
 
 /// What the lifecycle needs of a machine.
@@ -56,6 +62,18 @@ pub trait Run {
     fn update_drive(&self, update: &DriveUpdate) -> Result<(), BlockError>;
     /// Changes an interface that it has.
     fn update_interface(&self, update: &NetworkInterfaceUpdate);
+    /// Asks the guest for so many MiB.
+    fn update_balloon(&self, amount_mib: u32) -> Result<(), BalloonError>;
+    /// What the guest said of its memory last.
+    fn balloon_stats(&self) -> Result<BalloonStats, BalloonError>;
+    /// Asks it every so many seconds.
+    fn update_balloon_stats(&self, interval_s: u16) -> Result<(), BalloonError>;
+    /// Asks the guest which pages are free.
+    fn start_hinting(&self, start: HintingStart) -> Result<(), BalloonError>;
+    /// How far that is.
+    fn hinting_status(&self) -> Result<HintingStatus, BalloonError>;
+    /// Ends it.
+    fn stop_hinting(&self) -> Result<(), BalloonError>;
     /// What its devices and vCPUs counted so far.
     fn metrics(&self) -> Counters;
     /// Its vCPUs' accounts.
@@ -70,6 +88,8 @@ pub trait Builder {
     fn check(&self, source: &BootSource) -> Result<(), BootError>;
     /// Whether `drive` can be had now.
     fn check_drive(&self, drive: &Drive) -> Result<(), BlockError>;
+    /// Whether `interface` can be had now.
+    fn check_interface(&self, interface: &NetworkInterface) -> Result<(), NetError>;
     /// Has the log written as asked.
     fn configure_log(&self, logger: &Logger) -> Result<(), LogError>;
     /// Builds a machine, held. Beside it, what the user should know.
@@ -95,6 +115,24 @@ impl Run for Machine {
     fn update_interface(&self, update: &NetworkInterfaceUpdate) {
         self.attached().update_interface(update);
     }
+    fn update_balloon(&self, amount_mib: u32) -> Result<(), BalloonError> {
+        self.attached().update_balloon(amount_mib)
+    }
+    fn balloon_stats(&self) -> Result<BalloonStats, BalloonError> {
+        self.attached().balloon_stats()
+    }
+    fn update_balloon_stats(&self, interval_s: u16) -> Result<(), BalloonError> {
+        self.attached().update_balloon_stats(interval_s)
+    }
+    fn start_hinting(&self, start: HintingStart) -> Result<(), BalloonError> {
+        self.attached().start_hinting(start)
+    }
+    fn hinting_status(&self) -> Result<HintingStatus, BalloonError> {
+        self.attached().hinting_status()
+    }
+    fn stop_hinting(&self) -> Result<(), BalloonError> {
+        self.attached().stop_hinting()
+    }
     fn metrics(&self) -> Counters {
         Machine::metrics(self)
     }
@@ -114,12 +152,24 @@ impl Builder for Surroundings {
         Block::new(drive).map(drop)
     }
 
+    fn check_interface(&self, interface: &NetworkInterface) -> Result<(), NetError> {
+        Net::new(interface).map(drop)
+    }
+
     fn configure_log(&self, logger: &Logger) -> Result<(), LogError> {
         self.log.configure(logger)
     }
 
     fn build(&self, plan: &Plan) -> Result<(Machine, Vec<String>), StartError> {
+        let output = plan.serial.as_ref().map(|serial| {
+            Output::open(serial).map_err(|source| StartError::Serial {
+                path: serial.serial_out_path.clone().unwrap_or_default(),
+                source,
+            })
+        });
+        let output = output.transpose()?;
         let built = Machine::build(plan, self)?;
+        *self.redirect.lock().expect("no holder of this lock panics") = output;
         self.serial.open_input();
         Ok(built)
     }
@@ -142,6 +192,10 @@ pub struct Lifecycle<B: Builder> {
     serial: Option<Serial>,
     logger: Option<Logger>,
     metrics: Option<(Metrics, MetricsFile)>,
+    /// Made when it is first asked for.
+    mmds: Option<SharedMmds>,
+    mmds_config: Option<MmdsConfig>,
+    mmds_limit_bytes: usize,
     pinning: Pinning,
     shared: Arc<Shared>,
     state: State<B::Machine>,
@@ -149,7 +203,7 @@ pub struct Lifecycle<B: Builder> {
 
 impl<B: Builder> Lifecycle<B> {
     /// A microVM that is not started, with Firecracker's default configuration.
-    pub fn new(id: String, builder: B, shared: Arc<Shared>) -> Self {
+    pub fn new(id: String, builder: B, shared: Arc<Shared>, mmds_limit_bytes: usize) -> Self {
         Self {
             id,
             builder,
@@ -159,6 +213,9 @@ impl<B: Builder> Lifecycle<B> {
             serial: None,
             logger: None,
             metrics: None,
+            mmds: None,
+            mmds_config: None,
+            mmds_limit_bytes,
             pinning: Pinning::default(),
             shared,
             state: State::NotStarted,
@@ -210,6 +267,7 @@ impl<B: Builder> Lifecycle<B> {
             Action::PutInterface(interface) => {
                 self.before_start()?;
                 self.devices.check_interface(&interface)?;
+                self.builder.check_interface(&interface)?;
                 self.devices.put_interface(interface);
             }
             Action::PatchInterface(update) => self.patch_interface(&update)?,
@@ -226,6 +284,45 @@ impl<B: Builder> Lifecycle<B> {
                 self.devices.put_balloon(balloon, &self.machine_config)?;
             }
             Action::GetBalloon => return Ok(Reply::Balloon(self.devices.balloon.ok_or(BalloonRefused::None)?)),
+            Action::PatchBalloon(BalloonUpdate { amount_mib }) => {
+                let machine = self.machine()?;
+                let mut balloon = self.devices.balloon.ok_or(BalloonRefused::None)?;
+                machine.update_balloon(amount_mib)?;
+                balloon.amount_mib = amount_mib;
+                self.devices.balloon = Some(balloon);
+            }
+            Action::PatchBalloonStats(BalloonStatsUpdate {
+                stats_polling_interval_s,
+            }) => {
+                let machine = self.machine()?;
+                let mut balloon = self.devices.balloon.ok_or(BalloonRefused::None)?;
+                machine.update_balloon_stats(stats_polling_interval_s)?;
+                balloon.stats_polling_interval_s = stats_polling_interval_s;
+                self.devices.balloon = Some(balloon);
+            }
+            Action::GetBalloonStats => {
+                let stats = self.with_balloon(Run::balloon_stats)?;
+                return Ok(Reply::BalloonStats(Box::new(stats)));
+            }
+            Action::StartHinting(start) => self.with_balloon(|machine| machine.start_hinting(start))?,
+            Action::GetHintingStatus => {
+                return Ok(Reply::HintingStatus(self.with_balloon(Run::hinting_status)?));
+            }
+            Action::StopHinting => self.with_balloon(Run::stop_hinting)?,
+            Action::GetMmds => {
+                let mmds = self.mmds.as_ref().map(|mmds| lock(mmds).data.get().cloned());
+                return Ok(Reply::Mmds(mmds.flatten().unwrap_or_default()));
+            }
+            Action::PutMmds(document) => lock(self.mmds()?).data.put(document)?,
+            Action::PatchMmds(patch) => lock(self.mmds()?).data.patch(patch)?,
+            Action::GetMmdsConfig => return Ok(Reply::MmdsConfig(self.mmds_config.clone())),
+            Action::PutMmdsConfig(config) => {
+                self.before_start()?;
+                let interfaces = self.devices.network_interfaces.iter();
+                config.check(interfaces.map(|interface| interface.iface_id.as_str()))?;
+                lock(self.mmds()?).configure(&config);
+                self.mmds_config = Some(config);
+            }
             Action::PutSerial(serial) => {
                 self.before_start()?;
                 self.serial = Some(serial);
@@ -342,6 +439,23 @@ impl<B: Builder> Lifecycle<B> {
         Ok(())
     }
 
+    fn with_balloon<T>(&self, ask: impl FnOnce(&B::Machine) -> Result<T, BalloonError>) -> Result<T, ActionError> {
+        let machine = self.machine()?;
+        self.devices.balloon.ok_or(BalloonRefused::None)?;
+        Ok(ask(machine)?)
+    }
+
+    fn mmds(&mut self) -> Result<&SharedMmds, ActionError> {
+        let mmds = match self.mmds.take() {
+            Some(mmds) => mmds,
+            None => {
+                let mmds = Mmds::new(self.mmds_limit_bytes, Instant::now()).map_err(ActionError::NoMmds)?;
+                Arc::new(Mutex::new(mmds))
+            }
+        };
+        Ok(self.mmds.insert(mmds))
+    }
+
     /// Whether there is a file for metrics.
     pub fn has_metrics(&self) -> bool {
         self.metrics.is_some()
@@ -373,6 +487,7 @@ impl<B: Builder> Lifecycle<B> {
             logger: self.logger.clone(),
             machine_config: Some(self.machine_config.clone()),
             metrics: self.metrics.as_ref().map(|(config, _)| config.clone()),
+            mmds_config: self.mmds_config.clone(),
             network_interfaces,
             vsock,
             entropy,
@@ -388,6 +503,7 @@ impl<B: Builder> Lifecycle<B> {
             boot,
             devices: self.devices.clone(),
             serial: self.serial.clone(),
+            mmds: self.mmds_config.clone().zip(self.mmds.clone()),
             pinning: self.pinning.clone(),
         };
         let (machine, warnings) = self.builder.build(&plan)?;
@@ -415,6 +531,10 @@ impl<B: Builder> Lifecycle<B> {
             app_name: "Chronovisor".into(),
         }
     }
+}
+
+fn lock(mmds: &SharedMmds) -> MutexGuard<'_, Mmds> {
+    mmds.lock().expect("no holder of this lock panics")
 }
 
 /// Puts the buckets that `update` has in the place of those of `limiter`.

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::config::{ConfigError, MachineConfigUpdate};
 use crate::fake::{FakeBuilder, Log};
+use crate::mmds::data::DEFAULT_LIMIT_BYTES;
 
 struct Case {
     life: Lifecycle<FakeBuilder>,
@@ -20,7 +21,7 @@ impl Case {
             Arc::<Shared>::default(),
         );
         Self {
-            life: Lifecycle::new("id".into(), builder, Arc::clone(&shared)),
+            life: Lifecycle::new("id".into(), builder, Arc::clone(&shared), DEFAULT_LIMIT_BYTES),
             log,
             fails,
             shared,
@@ -74,7 +75,8 @@ fn every_action() -> Vec<(Action, [bool; 3])> {
     const AFTER: [bool; 3] = [false, true, true];
     let drive = json!({ "drive_id": "d", "is_root_device": false, "path_on_host": "/disk" });
     let interface = json!({ "iface_id": "i", "host_dev_name": "tap0" });
-    let balloon = json!({ "amount_mib": 1, "deflate_on_oom": false });
+    let balloon = json!({ "amount_mib": 1, "deflate_on_oom": false,
+        "stats_polling_interval_s": 2, "free_page_hinting": true });
     vec![
         (Action::GetInfo, ALWAYS),
         (Action::GetConfig, ALWAYS),
@@ -93,6 +95,22 @@ fn every_action() -> Vec<(Action, [bool; 3])> {
         (Action::PutEntropy(from_json(json!({}))), BEFORE),
         (Action::PutBalloon(from_json(balloon)), BEFORE),
         (Action::GetBalloon, ALWAYS),
+        (Action::PatchBalloon(from_json(json!({ "amount_mib": 1 }))), AFTER),
+        (Action::GetBalloonStats, AFTER),
+        (
+            Action::PatchBalloonStats(from_json(json!({ "stats_polling_interval_s": 1 }))),
+            AFTER,
+        ),
+        (Action::StartHinting(HintingStart::default()), AFTER),
+        (Action::GetHintingStatus, AFTER),
+        (Action::StopHinting, AFTER),
+        (Action::GetMmds, ALWAYS),
+        (Action::PutMmds(json!({})), ALWAYS),
+        (Action::GetMmdsConfig, ALWAYS),
+        (
+            Action::PutMmdsConfig(from_json(json!({ "network_interfaces": ["i"] }))),
+            BEFORE,
+        ),
         (Action::PutSerial(from_json(json!({}))), BEFORE),
         (Action::PutLogger(from_json(json!({}))), BEFORE),
         (

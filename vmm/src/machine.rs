@@ -19,6 +19,7 @@ use crate::acpi::{self, AcpiError};
 use crate::attach::{self, AttachError, Attached};
 use crate::boot::{self, BootError};
 use crate::config::{BootSource, Devices, MachineConfig, Pinning, Serial};
+use crate::console::Redirect;
 use crate::devices::i8042::KeysUnread;
 use crate::devices::ring::OutputRing;
 use crate::devices::virtio::DeviceEvents;
@@ -30,6 +31,8 @@ use crate::layout::{COM1_IRQ, KEYBOARD_IRQ};
 use crate::log::LogSink;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::metrics::{self, Counters};
+use crate::mmds::SharedMmds;
+use crate::mmds::config::MmdsConfig;
 
 /// Why a machine could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +65,14 @@ pub enum StartError {
     /// A device cannot be had.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// COM1's output cannot go there.
+    #[error("cannot open {} for the serial port's output: {source}; check the path and its permissions", path.display())]
+    Serial {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// No ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
@@ -95,6 +106,8 @@ pub struct Plan {
     pub devices: Devices,
     /// Where COM1's output goes, if not to the console.
     pub serial: Option<Serial>,
+    /// The metadata service, and who reaches it.
+    pub mmds: Option<(MmdsConfig, SharedMmds)>,
     /// Host CPUs for the vCPUs.
     pub pinning: Pinning,
 }
@@ -114,6 +127,8 @@ pub struct Surroundings {
     pub events: Sender<MachineEvent>,
     /// Announces them.
     pub wake: EventFd,
+    /// Where COM1's output can be made to go.
+    pub(crate) redirect: Redirect,
     /// Where the log goes.
     pub log: LogSink,
 }
@@ -144,6 +159,9 @@ impl Machine {
 
         let memory = Arc::new(GuestMemory::new(plan.machine.mem_size_mib, plan.machine.huge_pages)?);
         let (attached, virtio) = attach::build(&plan.devices, &memory)?;
+        if let Some((config, service)) = &plan.mmds {
+            attached.set_mmds(config, service).map_err(AttachError::from)?;
+        }
         let windows = attach::windows(virtio.len());
         let rsdp = acpi::write(memory.view(), vcpus, &windows)?;
         let added = attach::command_line(&plan.devices, &windows);

@@ -47,6 +47,7 @@ fn start(code: &[u8], vcpus: u8) -> Option<Run> {
         console,
         gtime_source: GtimeSource::Auto,
         log: crate::log::LogSink::default(),
+        mmds_limit_bytes: crate::mmds::data::DEFAULT_LIMIT_BYTES,
     })
     .unwrap();
     let ask = |action| assert_eq!(handle.request(action).unwrap(), Reply::Done);
@@ -154,6 +155,7 @@ fn a_failed_start_can_be_mended() {
         console: Console::None,
         gtime_source: GtimeSource::Auto,
         log: crate::log::LogSink::default(),
+        mmds_limit_bytes: crate::mmds::data::DEFAULT_LIMIT_BYTES,
     })
     .unwrap();
     let put = |kernel: &TempFile| {
@@ -182,6 +184,7 @@ fn a_request_after_the_end_is_answered_not_lost() {
         console: Console::None,
         gtime_source: GtimeSource::Auto,
         log: crate::log::LogSink::default(),
+        mmds_limit_bytes: crate::mmds::data::DEFAULT_LIMIT_BYTES,
     })
     .unwrap();
     assert!(matches!(handle.request(Action::Stop), Ok(Reply::Done)));
@@ -203,6 +206,7 @@ fn a_software_backend_refuses_an_operating_system_at_once() {
         console: Console::None,
         gtime_source: GtimeSource::Auto,
         log: crate::log::LogSink::default(),
+        mmds_limit_bytes: crate::mmds::data::DEFAULT_LIMIT_BYTES,
     })
     .unwrap();
     let kernel = TempFile::new(&elf_with_pvh_note(ADDRESS, 0x20_0000));

@@ -74,6 +74,12 @@ pub struct Serve {
     /// Run without a seccomp filter (always so, for now)
     #[arg(long)]
     pub no_seccomp: bool,
+    /// Metadata for the guest (MMDS), from this JSON file
+    #[arg(long, value_name = "FILE")]
+    pub metadata: Option<PathBuf>,
+    /// Largest metadata, in bytes [default: as --http-api-max-payload-size]
+    #[arg(long, value_name = "BYTES")]
+    pub mmds_size_limit: Option<usize>,
     /// Write metrics to this file or fifo, a line of JSON every minute
     #[arg(long, value_name = "FILE")]
     pub metrics_path: Option<PathBuf>,

@@ -7,6 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use vmm::ActionError;
 use vmm::config::DriveRefused;
+use vmm::mmds::data::UpdateError;
 
 /// The refusal, and why.
 #[derive(Clone, Debug)]
@@ -55,6 +56,16 @@ impl From<ActionError> for Fault {
             E::Drive(_) => "Drive config error: ",
             E::Block(_) => "Drive config error: Unable to create the virtio block device: ",
             E::Interface(_) => "Network config error: ",
+            E::Net(_) => "Network config error: Could not create the network device: ",
+            E::Mmds(UpdateError::LimitExceeded { .. }) => {
+                return Self {
+                    status: StatusCode::PAYLOAD_TOO_LARGE,
+                    message: format!("MMDS limit exceeded error: {error}"),
+                };
+            }
+            E::Mmds(_) => "MMDS error: ",
+            E::MmdsConfig(_) => "MMDS config error: ",
+            E::AskBalloon(_) => "Balloon update error: ",
             E::Vsock(_) => "Vsock config error: ",
             E::Balloon(_) => "Balloon config error: ",
             E::Log(_) => "Logger error: ",

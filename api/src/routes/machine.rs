@@ -3,17 +3,21 @@
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::Response;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 use vmm::Action;
-use vmm::config::MachineConfigUpdate;
+use vmm::config::{MachineConfig, MachineConfigUpdate};
 
-use super::{Fault, Shared, act, parse};
+use super::{Fault, Shared, act, deprecated, parse};
 
 pub(super) async fn get(State(shared): State<Shared>) -> Result<Response, Fault> {
     act(&shared, Action::GetMachineConfig).await
 }
 
 pub(super) async fn put(State(shared): State<Shared>, body: Bytes) -> Result<Response, Fault> {
-    act(&shared, Action::PutMachineConfig(parse(&body)?)).await
+    let config: MachineConfig = parse(&body)?;
+    let response = act(&shared, Action::PutMachineConfig(config)).await?;
+    Ok(by_template(&body, response))
 }
 
 pub(super) async fn patch(State(shared): State<Shared>, body: Bytes) -> Result<Response, Fault> {
@@ -21,7 +25,20 @@ pub(super) async fn patch(State(shared): State<Shared>, body: Bytes) -> Result<R
     if update == MachineConfigUpdate::default() {
         return Err(Fault::new("Empty PATCH request."));
     }
-    act(&shared, Action::PatchMachineConfig(update)).await
+    let response = act(&shared, Action::PatchMachineConfig(update)).await?;
+    Ok(by_template(&body, response))
+}
+
+/// Naming a template is deprecated, that there be none included.
+fn by_template(body: &[u8], response: Response) -> Response {
+    #[derive(Deserialize)]
+    struct Named {
+        cpu_template: Option<IgnoredAny>,
+    }
+    match serde_json::from_slice(body) {
+        Ok(Named { cpu_template: Some(_) }) => deprecated(response),
+        _ => response,
+    }
 }
 
 pub(super) async fn put_boot_source(State(shared): State<Shared>, body: Bytes) -> Result<Response, Fault> {

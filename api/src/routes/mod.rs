@@ -13,6 +13,7 @@ mod host;
 mod id;
 mod interfaces;
 mod machine;
+mod mmds;
 mod outputs;
 mod unsupported;
 mod vcpus;
@@ -31,6 +32,7 @@ use axum::routing::{get, patch, put};
 use http_body_util::BodyExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::sync::{Mutex, OnceCell, oneshot};
 use vmm::{Action, ActionError, Reply};
 
@@ -112,7 +114,18 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
         )
         .route("/vsock", put(devices::put_vsock))
         .route("/entropy", put(devices::put_entropy))
-        .route("/balloon", get(balloon::get).put(balloon::put))
+        .route("/balloon", get(balloon::get).put(balloon::put).patch(balloon::patch))
+        .route("/balloon/{path}", get(balloon::get_unknown))
+        .route(
+            "/balloon/statistics",
+            get(balloon::statistics).patch(balloon::patch_statistics),
+        )
+        .route("/balloon/hinting/start", patch(balloon::start_hinting))
+        .route("/balloon/hinting/stop", patch(balloon::stop_hinting))
+        .route("/balloon/hinting/status", get(balloon::hinting_status))
+        .route("/mmds", get(mmds::get).put(mmds::put).patch(mmds::patch))
+        .route("/mmds/{path}", put(mmds::put_unknown))
+        .route("/mmds/config", get(mmds::get_config).put(mmds::put_config))
         .route("/serial", put(outputs::put_serial))
         .route("/logger", put(outputs::put_logger))
         .route("/metrics", put(outputs::put_metrics))
@@ -161,11 +174,18 @@ async fn whole(request: Request, limits: Limits) -> Result<Request, Fault> {
     };
     match parts.method {
         Method::GET if !bytes.is_empty() => Err(Fault::new("GET request cannot have a body.")),
-        Method::PUT | Method::PATCH if bytes.is_empty() => Err(Fault::new(format!("Empty {} request.", parts.method))),
+        Method::PUT | Method::PATCH if bytes.is_empty() && !may_be_empty(parts.uri.path()) => {
+            Err(Fault::new(format!("Empty {} request.", parts.method)))
+        }
         // axum would answer HEAD from a GET handler.
         Method::GET | Method::PUT | Method::PATCH => Ok(Request::from_parts(parts, Body::from(bytes))),
         _ => Err(Fault::unknown(&parts.method, parts.uri.path())),
     }
+}
+
+/// Whether a change to `path` needs no body to say what it is.
+fn may_be_empty(path: &str) -> bool {
+    path.starts_with("/balloon/hinting/")
 }
 
 /// How much of a body that is too large is read and thrown away, so that its sender gets to read the answer instead of
@@ -241,6 +261,12 @@ async fn act(shared: &Shared, action: Action) -> Result<Response, Fault> {
         Reply::Config(config) => json(&*config),
         Reply::MachineConfig(config) => json(&config),
         Reply::Balloon(balloon) => json(&balloon),
+        Reply::BalloonStats(stats) => json(&*stats),
+        Reply::HintingStatus(status) => json(&status),
+        // Nothing was put: Firecracker answers with an object without entries.
+        Reply::Mmds(Value::Null) | Reply::MmdsConfig(None) => json(&Value::Object(serde_json::Map::new())),
+        Reply::Mmds(document) => json(&document),
+        Reply::MmdsConfig(Some(config)) => json(&config),
     })
 }
 

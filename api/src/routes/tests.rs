@@ -177,6 +177,57 @@ async fn a_body_may_have_51200_bytes_and_not_one_more() {
 }
 
 #[tokio::test]
+async fn metadata_is_put_patched_and_got_within_its_limit() {
+    let router = router_in(Running);
+    let put = async |body: &str| request_of(&router, "PUT", "/mmds", body).await;
+    assert_eq!(put(r#"{"a": 1, "b": {"c": 2}}"#).await.0, 204);
+    let patch = request_of(&router, "PATCH", "/mmds", r#"{"a": null, "b": {"d": 3}}"#).await;
+    assert_eq!(patch.0, 204);
+    let got = request_of(&router, "GET", "/mmds", "").await;
+    assert_eq!(got, (200, json!({ "b": { "c": 2, "d": 3 } })));
+    // A patch is added to what is there: each fits into a request, both together not into the limit.
+    let half = |key| format!(r#"{{"{key}": "{}"}}"#, "x".repeat(30_000));
+    assert_eq!(request_of(&router, "PATCH", "/mmds", &half("e")).await.0, 204);
+    let (status, answer) = request_of(&router, "PATCH", "/mmds", &half("f")).await;
+    let says = "MMDS limit exceeded error: The MMDS patch request doesn't fit.";
+    assert_eq!((status, &answer["fault_message"]), (413, &json!(says)));
+    assert_eq!(put(r#"{"a": 1}"#).await.0, 204, "what was refused is not in the way");
+}
+
+#[tokio::test]
+async fn what_should_be_asked_for_in_another_way_is_answered_with_a_header() {
+    let table = [
+        ("/vsock", r#"{"guest_cid": 3, "uds_path": "v"}"#, false),
+        ("/vsock", r#"{"guest_cid": 3, "uds_path": "v", "vsock_id": "v"}"#, true),
+        ("/mmds/config", r#"{"network_interfaces": ["eth0"]}"#, true),
+        (
+            "/mmds/config",
+            r#"{"network_interfaces": ["eth0"], "version": "V2"}"#,
+            false,
+        ),
+        ("/machine-config", MACHINE, false),
+        (
+            "/machine-config",
+            r#"{"vcpu_count": 1, "mem_size_mib": 256, "cpu_template": "None"}"#,
+            true,
+        ),
+    ];
+    for (path, body, deprecated) in table {
+        let router = router_in(NotStarted);
+        let interface = r#"{"iface_id": "eth0", "host_dev_name": "tap0"}"#;
+        request_of(&router, "PUT", "/network-interfaces/eth0", interface).await;
+        let request = Request::put(path).body(Body::from(body)).unwrap();
+        let response = router.oneshot(request).await.unwrap();
+        assert_eq!(response.status(), 204, "{path} {body}");
+        assert_eq!(
+            response.headers().contains_key("deprecation"),
+            deprecated,
+            "{path} {body}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn histograms_have_their_edges_in_nanoseconds() {
     let (status, value) = request(Running, "GET", "/vcpus/1/histograms", "").await;
     assert_eq!((status, &value["index"]), (200, &json!(1)));

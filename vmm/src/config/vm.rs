@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::mmds::config::MmdsConfig;
+
 use super::{Balloon, BootSource, Drive, Entropy, Logger, MachineConfig, Metrics, NetworkInterface, Serial, Vsock};
 
 /// `GET /vm/config`: Firecracker's sections, in its order; one that is not configured is null or empty.
@@ -20,6 +22,8 @@ pub struct VmConfig {
     pub machine_config: Option<MachineConfig>,
     /// The metrics' file.
     pub metrics: Option<Metrics>,
+    /// The metadata service.
+    pub mmds_config: Option<MmdsConfig>,
     /// Interfaces, in the order they were put.
     pub network_interfaces: Vec<NetworkInterface>,
     /// The socket device.

@@ -18,6 +18,7 @@
 
 pub mod config;
 pub mod data;
+mod detour;
 pub mod http;
 pub mod stack;
 mod token;
