@@ -1,7 +1,9 @@
-//! Firecracker's Go client, as far as its patience goes: what it spawns, the calls it makes, in their order and with their bodies
-//! (firecracker-go-sdk 1.0: machine.go, handlers.go, firecracker.go). There is no Go on the beds; this makes the same calls.
+//! Firecracker's Go client, as far as its patience goes: what it spawns, and the calls it makes, in their order (firecracker-go-sdk:
+//! the handlers of handlers.go, waitForSocket of machine.go, the timeouts of firecracker.go), with the fields of today's API.
+//! There is no Go on the beds: this makes the same calls, one a connection.
 //!
-//! It polls for the socket every 10 ms and gives each call but `/actions` 500 ms. We are to answer within 100 ms of exec.
+//! It polls for the socket every 10 ms and gives each call but `/actions` 500 ms; releases of it gave a drive 250. We are to answer
+//! within 100 ms of exec.
 
 use std::ffi::OsStr;
 use std::process::Command;
@@ -20,6 +22,8 @@ const POLL: Duration = Duration::from_millis(10);
 const FIRST_ANSWER: Duration = Duration::from_millis(100);
 /// What the client gives a call.
 const CALL: Duration = Duration::from_millis(500);
+/// The least that a release of it gave a drive.
+const DRIVE: Duration = Duration::from_millis(250);
 /// Starts. A median is over its limit only if most starts were, so what a busy machine does to a few of them is not held
 /// against us. What it does to all of them shows in a bare exec beside each, which is taken off the first answer. Alone on a machine
 /// a bare exec takes 1 ms, the first answer one poll and a few milliseconds, and a call less than one.
@@ -193,6 +197,12 @@ fn the_go_clients_calls_are_answered_within_its_patience() {
     for (n, (call, _)) in starts[0].calls.iter().enumerate() {
         let took = median(starts.iter().map(|start| start.calls[n].1).collect());
         println!("{call}: {took:?}");
-        assert!(took <= CALL || call == "PUT /actions", "{call} took {took:?}");
+        let limit = match call.as_str() {
+            // It waits for the start for as long as that takes.
+            "PUT /actions" => Duration::MAX,
+            call if call.starts_with("PUT /drives") => DRIVE,
+            _ => CALL,
+        };
+        assert!(took <= limit, "{call} took {took:?}, of {limit:?}");
     }
 }
