@@ -1,11 +1,13 @@
 //! The test guest's init: does what the kernel's command line says, and tells the console at each step.
 //!
 //! The first line is `chronovisor guest: init, N CPUs` (or `1 CPU`); each step starts with `chronovisor guest: STEP`. See [`plan`] for
-//! what `chronovisor.do=` may hold; without it, a shell. It is linked statically, and expects /bin/busybox for its shell.
+//! what `chronovisor.do=` may hold. Without it: the init of the disk that `root=` names (see [`root`]), or a shell. It is linked
+//! statically, and expects /bin/busybox for its shell.
 
 mod disk;
 mod modules;
 mod plan;
+mod root;
 
 use std::fs::{self, OpenOptions};
 use std::process::{Command, exit};
@@ -16,6 +18,7 @@ use rustix::process::{WaitOptions, wait};
 use rustix::system::{RebootCommand, reboot};
 
 use plan::{Plan, Step};
+use root::Root;
 
 fn main() {
     // A mount can fail only if the kernel has mounted the same already, as it may have /dev.
@@ -29,9 +32,16 @@ fn main() {
     );
 
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    match Plan::of_command_line(&command_line) {
-        Ok(plan) => plan.steps().for_each(|step| run(step, cpus)),
-        Err(error) => println!("chronovisor guest: {error}"),
+    match (
+        Plan::of_command_line(&command_line),
+        Root::of_command_line(&command_line),
+    ) {
+        (Ok(None), Some(root)) => println!("chronovisor guest: {}", root.switch()),
+        (Ok(plan), _) => plan
+            .unwrap_or_else(Plan::shell)
+            .steps()
+            .for_each(|step| run(step, cpus)),
+        (Err(error), _) => println!("chronovisor guest: {error}"),
     }
     end("poweroff", RebootCommand::PowerOff);
 }

@@ -11,7 +11,7 @@
 //! | `shell` | a shell on the console, until it ends |
 //! | `poweroff`, `reboot`, `panic` | ends the guest |
 //!
-//! A guest whose steps run out powers off. Without `chronovisor.do=`: `shell`.
+//! A guest whose steps run out powers off.
 
 use std::fmt;
 use std::time::Duration;
@@ -54,15 +54,22 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Reads the kernel's command line. The last `chronovisor.do=` wins, as with the kernel's own parameters.
-    pub fn of_command_line(line: &str) -> Result<Self, String> {
+    /// Reads the kernel's command line. The last `chronovisor.do=` wins, as with the kernel's own parameters. None if there is none.
+    pub fn of_command_line(line: &str) -> Result<Option<Self>, String> {
         let words = line.split_whitespace();
-        Self::parse(
-            words
-                .filter_map(|word| word.strip_prefix("chronovisor.do="))
-                .next_back()
-                .unwrap_or("shell"),
-        )
+        let plan = words
+            .filter_map(|word| word.strip_prefix("chronovisor.do="))
+            .next_back();
+        plan.map(Self::parse).transpose()
+    }
+
+    /// What a guest does that was told nothing.
+    pub fn shell() -> Self {
+        Self {
+            repeated: Vec::new(),
+            times: Some(0),
+            then: vec![Step::Shell],
+        }
     }
 
     /// The steps in the order they are to be done.
@@ -125,7 +132,7 @@ mod tests {
     use super::*;
 
     fn steps(line: &str) -> Vec<Step> {
-        Plan::of_command_line(line).unwrap().steps().take(5).collect()
+        Plan::of_command_line(line).unwrap().unwrap().steps().take(5).collect()
     }
 
     const fn ms(n: u64) -> Duration {
@@ -156,8 +163,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_said_is_a_shell() {
-        assert_eq!(steps("console=ttyS0"), [Step::Shell]);
+    fn nothing_said_is_no_plan() {
+        assert_eq!(Plan::of_command_line("console=ttyS0 root=/dev/vda"), Ok(None));
     }
 
     #[test]

@@ -16,19 +16,20 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::cpio::Archive;
 use crate::layout::Layout;
+use crate::modules::Modules;
 use crate::process::bound_to_us;
 use crate::progress::Progress;
 use crate::setup::Kit;
 
-/// Enough for the initramfs, twice while it is unpacked, and for two guests of 256 MiB.
+/// Enough for the initramfs, twice while it is unpacked, for two guests of 256 MiB, and for a test's disk.
 const MEMORY_MIB: &str = "2048";
 const CPUS: &str = "3";
 /// With QEMU's defaults for AMD's SVM; `tsc=reliable` because the emulator's TSCs agree and the watchdog that would doubt
 /// them is a tick; `nowatchdog` and `rcu_nocbs` for the same reason; `panic=-1` ends QEMU (`-no-reboot`) at once.
 const COMMAND_LINE: &str =
     "console=ttyS0 quiet panic=-1 nohz_full=1,2 isolcpus=1,2 rcu_nocbs=1,2 tsc=reliable nowatchdog mitigations=off";
-/// In the order they are loaded; those this kernel has built in or does not know are left out.
-const MODULES: [&str; 4] = ["irqbypass", "ccp", "kvm", "kvm-amd"];
+/// KVM; the disk with the guest's root file system; taps. Each with what it depends on; what this kernel has built in is left out.
+const MODULES: [&str; 4] = ["kvm_amd", "virtio_pci", "virtio_blk", "tun"];
 
 /// It takes 5 to 10 s on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -43,6 +44,8 @@ pub struct Job<'a> {
     pub chronovisor: &'a Path,
     /// Executables to go with it: path in the host, path here.
     pub programs: Vec<(String, PathBuf)>,
+    /// A disk image, `/dev/vda` in the host: what is written to it goes with the host.
+    pub disk: Option<PathBuf>,
     /// The whole run is given up after this.
     pub limit: Duration,
 }
@@ -62,7 +65,7 @@ pub fn run(layout: &Layout, kit: &Kit, job: &Job, mut on_line: impl FnMut(&str))
     let mut console = memory_file("console")?;
     let started = Instant::now();
     let mut qemu = Qemu(
-        qemu(kit, &initramfs)
+        qemu(kit, &initramfs, job.disk.as_deref())
             .args(["-display", "none", "-chardev"])
             .arg(format!("file,id=console,path={}", path_of(&console)))
             .args(["-serial", "chardev:console", "-serial", "stdio"])
@@ -128,9 +131,15 @@ pub fn run(layout: &Layout, kit: &Kit, job: &Job, mut on_line: impl FnMut(&str))
 }
 
 /// Boots the host with a shell on this terminal.
-pub fn shell(layout: &Layout, kit: &Kit, chronovisor: &Path, programs: &[(String, PathBuf)]) -> Result<()> {
+pub fn shell(
+    layout: &Layout,
+    kit: &Kit,
+    chronovisor: &Path,
+    programs: &[(String, PathBuf)],
+    disk: Option<&Path>,
+) -> Result<()> {
     let initramfs = initramfs(layout, kit, chronovisor, programs, None)?;
-    let status = qemu(kit, &initramfs)
+    let status = qemu(kit, &initramfs, disk)
         .args(["-nographic", "-serial", "mon:stdio"])
         .status();
     let status = status.context("cannot run qemu-system-x86_64")?;
@@ -139,7 +148,7 @@ pub fn shell(layout: &Layout, kit: &Kit, chronovisor: &Path, programs: &[(String
 }
 
 /// QEMU without its serial ports.
-fn qemu(kit: &Kit, initramfs: &File) -> Command {
+fn qemu(kit: &Kit, initramfs: &File, disk: Option<&Path>) -> Command {
     let mut command = bound_to_us("KILL", "qemu-system-x86_64");
     command.args([
         "-nodefaults",
@@ -157,6 +166,12 @@ fn qemu(kit: &Kit, initramfs: &File) -> Command {
         .arg(&kit.bzimage)
         .arg("-initrd")
         .arg(path_of(initramfs));
+    if let Some(disk) = disk {
+        // A comma in a name is written twice.
+        let file = disk.display().to_string().replace(',', ",,");
+        command.args(["-device", "virtio-blk-pci,drive=disk", "-drive"]);
+        command.arg(format!("if=none,id=disk,format=raw,snapshot=on,file={file}"));
+    }
     command
 }
 
@@ -194,11 +209,18 @@ fn initramfs(
     for (to, from) in programs {
         add(to, 0o755, from)?;
     }
+    add("bin/e2fsck", 0o755, &kit.e2fsck)?;
+    let modules = Modules::of(&kit.modules)?;
+    let mut order: Vec<String> = Vec::new();
     for module in MODULES {
-        if let Some(path) = find(&kit.modules.join("kernel"), &format!("{module}.ko"))? {
-            add(&format!("modules/{module}.ko"), 0o644, &path)?;
+        for (name, content) in modules.closure(module)? {
+            if !order.contains(&name) {
+                archive.file(&format!("modules/{name}.ko"), 0o644, &content)?;
+                order.push(name);
+            }
         }
     }
+    archive.file("modules/order", 0o644, order.join("\n").as_bytes())?;
     archive.symlink("bin/sh", "busybox")?;
     if let Some(script) = script {
         archive.file("job", 0o644, script.as_bytes())?;
@@ -207,20 +229,6 @@ fn initramfs(
         .finish()?
         .into_inner()
         .map_err(std::io::IntoInnerError::into_error)?)
-}
-
-fn find(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
-    for entry in fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            if let Some(found) = find(&entry.path(), name)? {
-                return Ok(Some(found));
-            }
-        } else if entry.file_name() == name {
-            return Ok(Some(entry.path()));
-        }
-    }
-    Ok(None)
 }
 
 /// A file that is gone when nobody has it open.

@@ -87,6 +87,11 @@ pub fn busybox_package(downloads: &Path) -> Result<PathBuf> {
     download(downloads, "busybox-static", || Ok("busybox-static".to_owned()))
 }
 
+/// The Debian package e2fsck-static, in `downloads`.
+pub fn e2fsck_package(downloads: &Path) -> Result<PathBuf> {
+    download(downloads, "e2fsck-static", || Ok("e2fsck-static".to_owned()))
+}
+
 /// Unpacks `package` into `to`, which is there afterwards only if all of it is.
 pub fn unpack(package: &Path, to: &Path) -> Result<()> {
     let partial = to.with_extension("partial");

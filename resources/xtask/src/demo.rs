@@ -47,6 +47,7 @@ pub fn demo(layout: &Layout) -> Result<()> {
                 script,
                 chronovisor: &chronovisor,
                 programs: Vec::new(),
+                disk: None,
                 limit: LIMIT,
             };
             let outcome = bed::run(layout, &kit, &job, &mut on_line)?;

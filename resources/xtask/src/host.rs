@@ -45,8 +45,10 @@ impl Host {
                 .with_context(|| format!("{} has no name", path.display()))?;
             programs.push((format!("bed/{}", name.to_string_lossy()), path));
         }
+        // Where it was made, it is there.
+        let disk = Some(layout.kept().join("rootfs.ext4")).filter(|image| image.exists());
         let Some(script) = script else {
-            bed::shell(layout, &kit, &built.chronovisor, &programs)?;
+            bed::shell(layout, &kit, &built.chronovisor, &programs, disk.as_deref())?;
             return Ok(0);
         };
         let job = bed::Job {
@@ -54,6 +56,7 @@ impl Host {
             chronovisor: &built.chronovisor,
             programs,
             // Whoever runs a script is there to stop it.
+            disk,
             limit: Duration::MAX,
         };
         let outcome = bed::run(layout, &kit, &job, |line| println!("{line}"))?;

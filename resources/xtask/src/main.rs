@@ -19,6 +19,7 @@ mod machine;
 mod modules;
 mod process;
 mod progress;
+mod rootfs;
 mod setup;
 mod testing;
 mod vmlinux;
@@ -48,6 +49,11 @@ enum Task {
     /// As root, installs the packages that this machine lacks; else prints the line that does. The kernel and busybox are
     /// only downloaded and unpacked. A second run touches no network.
     Setup,
+    /// Make a Debian root file system for guests: systemd, a login on the serial console, sshd
+    ///
+    /// As root. It takes about a minute the first time. Prints where the image is; run with --disk, and with the initramfs of
+    /// `cargo xtask setup`, which loads the disk's driver.
+    Rootfs,
     /// Boot a Debian guest pinned to a tickless CPU, and show where its time goes, live
     ///
     /// On this machine if its /dev/kvm can boot a stock kernel, otherwise in the emulated host. The last line is the last
@@ -105,6 +111,12 @@ fn run(task: Task) -> Result<u8> {
             println!("guest kernel     {}", kit.vmlinux.display());
             println!("guest initramfs  {}", kit.initramfs.display());
             println!("Python clients   {}", clients.display());
+            Ok(DONE)
+        }
+        Task::Rootfs => {
+            debian::install_missing()?;
+            let kit = setup::setup(&layout)?;
+            println!("{}", rootfs::make(&layout, &kit)?.display());
             Ok(DONE)
         }
         Task::Demo => demo::demo(&layout).map(|()| DONE),

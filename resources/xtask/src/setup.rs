@@ -24,6 +24,8 @@ pub struct Kit {
     pub modules: PathBuf,
     /// A static shell and what goes with it.
     pub busybox: PathBuf,
+    /// A checker of ext4 file systems, static.
+    pub e2fsck: PathBuf,
     /// The guest's initramfs.
     pub initramfs: PathBuf,
 }
@@ -36,6 +38,7 @@ pub fn setup(layout: &Layout) -> Result<Kit> {
     let _lock = lock(&kept)?;
     let kernel = unpacked(&kept, "kernel", || debian::kernel_package(&downloads))?;
     let busybox = unpacked(&kept, "busybox", || debian::busybox_package(&downloads))?.join("bin/busybox");
+    let e2fsck = unpacked(&kept, "e2fsck", || debian::e2fsck_package(&downloads))?.join("sbin/e2fsck.static");
     let bzimage = starting_with(&kernel.join("boot"), "vmlinuz-")?;
     let modules = starting_with(&kernel.join("lib/modules"), "")?;
 
@@ -59,6 +62,7 @@ pub fn setup(layout: &Layout) -> Result<Kit> {
         vmlinux,
         modules,
         busybox,
+        e2fsck,
         initramfs,
     })
 }

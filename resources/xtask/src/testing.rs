@@ -19,7 +19,7 @@ use crate::build::{self, TestProgram};
 use crate::layout::Layout;
 use crate::libtest::{Parser, Tally};
 use crate::process::follow;
-use crate::{bed, clients, debian, setup};
+use crate::{bed, clients, debian, rootfs, setup};
 
 /// Where tests run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -37,7 +37,7 @@ const BEDS: [Bed; 3] = [Bed::Anywhere, Bed::Kvm, Bed::NohzFull];
 /// One at a time, for they measure time; and the output of those that pass, for they may say that they were skipped.
 const HARNESS: [&str; 2] = ["--test-threads=1", "--show-output"];
 /// A run takes minutes; in this time a hung one is given up.
-const NOHZ_FULL_LIMIT: Duration = Duration::from_secs(900);
+const NOHZ_FULL_LIMIT: Duration = Duration::from_secs(1200);
 /// Starts the line that ends a test program's output in the emulated host, its exit status behind it. No test prints it.
 const MARK: char = '\x01';
 
@@ -225,6 +225,14 @@ impl Run<'_> {
                 .iter()
                 .map(|program| (path(program), program.executable.clone()))
                 .collect(),
+            disk: match rootfs::make(self.layout, kit) {
+                Ok(image) => Some(image),
+                Err(error) => {
+                    // The tests that want it say so, one by one.
+                    println!("no root file system: {error:#}");
+                    None
+                }
+            },
             limit: NOHZ_FULL_LIMIT,
         };
         let mut tally = Tally::default();
