@@ -4,6 +4,7 @@ use std::ffi::c_int;
 
 use vmm::End;
 
+use crate::ending::Asked;
 use crate::signals;
 
 /// Something failed before the guest ran, or in a command that runs none.
@@ -22,23 +23,15 @@ pub const INTERNAL: u8 = 70;
 /// The statuses, for `--help`.
 pub const HELP: &str = "\
 Exit status:
-  0      the guest powered off, or Ctrl-A x was typed; serving the API, also: the guest rebooted
+  0      the guest powered off, or shut down because SIGTERM asked it to, or Ctrl-A x was typed;
+         serving the API, also: the guest rebooted
   1      something failed before the guest ran
   2      the command line is wrong
   3      run: the guest asked for a reboot
   4      the guest triple-faulted
   5      KVM could not go on
   70     a defect of chronovisor itself
-  128+n  ended by signal n";
-
-/// Who asked for [`End::Stopped`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asked {
-    /// Ctrl-A x.
-    Escape,
-    /// A signal, by number.
-    Signal(c_int),
-}
+  128+n  ended by signal n: SIGTERM at once where no guest could hear it, else by the second one";
 
 /// What to do about a guest's reboot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +46,10 @@ pub enum OnReboot {
 #[must_use]
 pub fn of(end: &End, asked: Option<Asked>, on_reboot: OnReboot) -> (u8, String) {
     match end {
+        // A Linux guest takes Ctrl-Alt-Del for a wish to reboot.
+        End::PowerOff | End::Reboot if asked == Some(Asked::Signal(libc::SIGTERM)) => {
+            (0, "the guest shut down, as SIGTERM asked it to".to_owned())
+        }
         End::PowerOff => (0, "the guest powered off".to_owned()),
         End::Reboot => {
             let status = if on_reboot == OnReboot::Succeed { 0 } else { REBOOT };
@@ -142,10 +139,32 @@ mod tests {
             // The guest was quicker than the signal.
             (
                 End::PowerOff,
-                Some(Asked::Signal(libc::SIGTERM)),
+                Some(Asked::Signal(libc::SIGINT)),
                 OnReboot::Report,
                 0,
                 "powered off",
+            ),
+            // The guest did as it was asked.
+            (
+                End::PowerOff,
+                Some(Asked::Signal(libc::SIGTERM)),
+                OnReboot::Report,
+                0,
+                "as SIGTERM asked",
+            ),
+            (
+                End::Reboot,
+                Some(Asked::Signal(libc::SIGTERM)),
+                OnReboot::Report,
+                0,
+                "as SIGTERM asked",
+            ),
+            (
+                End::TripleFault,
+                Some(Asked::Signal(libc::SIGTERM)),
+                OnReboot::Report,
+                4,
+                "triple-faulted",
             ),
         ];
         for (end, asked, on_reboot, status, word) in ends {

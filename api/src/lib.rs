@@ -9,6 +9,7 @@ mod cli;
 pub mod client;
 mod config_file;
 mod console;
+mod ending;
 mod exit;
 mod host;
 mod log;

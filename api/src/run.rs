@@ -5,19 +5,20 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Instant;
 
 use accounting::GtimeSource;
 use anyhow::{Context, Result};
 use vmm::config::{BootSource, Entropy, HugePages, MachineConfig, Metrics};
 use vmm::log::LogSink;
 use vmm::mmds::data::DEFAULT_LIMIT_BYTES;
-use vmm::{Action, ActionError, Options, Vmm, VmmHandle};
+use vmm::{Action, ActionError, Options, Reply, Vmm, VmmHandle};
 
 use crate::cli::{Run, Serve};
 use crate::console::{self, Typing};
-use crate::exit::{self, Asked, OnReboot};
+use crate::ending::{Asked, Deed, Ending};
+use crate::exit::{self, OnReboot};
 use crate::routes::Limits;
 use crate::server::{Listeners, Server};
 use crate::socket::{self, SocketFile};
@@ -178,7 +179,7 @@ fn launch(plan: Plan) -> Result<u8> {
     let session = Arc::new(Session {
         handle: handle.clone(),
         typing: Mutex::new(Some(typing)),
-        asked: OnceLock::new(),
+        ending: Mutex::default(),
         socket_file: socket_file.as_ref().map_or_else(Weak::new, Arc::downgrade),
     });
     signals::watch(blocked, {
@@ -215,7 +216,7 @@ fn launch(plan: Plan) -> Result<u8> {
     drop(server);
     drop(socket_file);
     console::restore();
-    let (status, word) = exit::of(&end, session.asked.get().map(|&(asked, _)| asked), plan.on_reboot);
+    let (status, word) = exit::of(&end, session.asked(), plan.on_reboot);
     exit::say(&word);
     Ok(status)
 }
@@ -225,14 +226,11 @@ struct Session {
     handle: VmmHandle,
     /// Taken when the guest starts.
     typing: Mutex<Option<Typing>>,
-    /// Who asked for the end first, and when.
-    asked: OnceLock<(Asked, Instant)>,
+    /// Who has asked for an end.
+    ending: Mutex<Ending>,
     /// Weak: the file goes with [`launch`], on every way out of it.
     socket_file: Weak<SocketFile>,
 }
-
-/// How long after a request to end another one means that the first is not obeyed. Service managers send several at once.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Session {
     /// The guest runs: what is typed goes to it.
@@ -245,14 +243,33 @@ impl Session {
         }
     }
 
-    /// Ends the microVM; or, asked again when that has had no effect, this process.
+    /// Does what `asked` wants: see [`Ending`].
     fn stop(&self, asked: Asked) {
-        let Err((asked, now)) = self.asked.set((asked, Instant::now())) else {
-            return self.handle.send(Action::Stop, |_| {});
-        };
-        if self.asked.get().is_some_and(|&(_, first)| now - first < PATIENCE) {
-            return;
+        let deed = self
+            .ending
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .ask(asked, Instant::now());
+        match deed {
+            Deed::AskGuest => self.handle.send(Action::ShutDown, |reply| {
+                if let Ok(Reply::GuestAsked) = reply {
+                    exit::say(
+                        "SIGTERM: the guest is asked to shut down, by Ctrl-Alt-Del; another SIGTERM ends it at once",
+                    );
+                }
+            }),
+            Deed::Stop => self.handle.send(Action::Stop, |_| {}),
+            Deed::Wait => {}
+            Deed::Exit => self.exit(asked),
         }
+    }
+
+    fn asked(&self) -> Option<Asked> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner).asked()
+    }
+
+    /// Ends this process.
+    fn exit(&self, asked: Asked) {
         console::restore();
         if let Some(file) = self.socket_file.upgrade() {
             file.remove();

@@ -1,4 +1,4 @@
-//! SIGINT, SIGTERM, SIGHUP and SIGQUIT end the microVM in good order.
+//! SIGINT, SIGTERM, SIGHUP and SIGQUIT end the microVM in good order: `ending.rs` says how.
 //!
 //! They are blocked in every thread and waited for by one of their own, so that none of them ever interrupts a vCPU.
 

@@ -107,6 +107,8 @@ pub enum Action {
 pub enum Reply {
     /// Done; nothing to say (204).
     Done,
+    /// To `ShutDown`, where the guest was asked.
+    GuestAsked,
     /// To `GetInfo`.
     Info(Info),
     /// To `GetConfig`.

@@ -374,9 +374,10 @@ impl<B: Builder> Lifecycle<B> {
                 let asked = self
                     .machine()
                     .is_ok_and(|machine| machine.hears_keys() && machine.ctrl_alt_del().is_ok());
-                if !asked {
-                    self.state = State::Ended(End::Stopped);
+                if asked {
+                    return Ok(Reply::GuestAsked);
                 }
+                self.state = State::Ended(End::Stopped);
             }
             Action::Stop => self.state = State::Ended(End::Stopped),
         }

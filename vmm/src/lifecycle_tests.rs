@@ -300,7 +300,7 @@ fn warnings_of_the_start_can_be_read_afterwards() {
 #[test]
 fn who_is_to_shut_down_is_asked_and_who_cannot_hear_is_ended() {
     let mut asked = started();
-    asked.life.act(Action::ShutDown).unwrap();
+    assert_eq!(asked.life.act(Action::ShutDown).unwrap(), Reply::GuestAsked);
     assert_eq!((asked.life.end(), asked.log()), (None, vec!["resume", "keys"]));
 
     let mut deaf = Case::new(FakeBuilder {
