@@ -55,7 +55,7 @@ fn command() -> u8 {
         Err(status) => return status,
     };
     let result = match cli.command {
-        Some(Command::Run(args)) => run::run(args),
+        Some(Command::Run(args)) => run::run(*args),
         Some(Command::Times(args)) => times::times(&args),
         Some(Command::Check(args)) => check::check(&args),
         None => run::serve(cli.serve),

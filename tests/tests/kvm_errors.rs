@@ -249,7 +249,7 @@ fn the_api_refuses_bad_requests_one_by_one_and_goes_on_serving() {
         ("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#, ""),
         ("PATCH", "/vm", r#"{"state": "Paused"}"#, "before starting"),
         ("GET", "/vcpus/0/cputime", "", ""),
-        ("GET", "/no/such/path", "", "no/such/path"),
+        ("GET", "/no/such/path", "", "path: GET no."),
         ("DELETE", "/machine-config", "", ""),
     ] {
         let response = client::request(&socket, method, path, Some(body)).expect("an answer");

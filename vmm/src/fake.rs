@@ -15,9 +15,10 @@ use crate::devices::virtio::balloon::{Balloon, BalloonError, BalloonStats, Hinti
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::net::NetError;
 use crate::kvm::KvmError;
-use crate::lifecycle::{Builder, Lifecycle, Run};
+use crate::lifecycle::Lifecycle;
 use crate::log::LogError;
 use crate::machine::{Plan, StartError};
+use crate::machinery::{Builder, Run};
 use crate::metrics::Counters;
 use crate::mmds::data::DEFAULT_LIMIT_BYTES;
 
@@ -80,7 +81,7 @@ pub(crate) struct FakeMachine {
 impl FakeMachine {
     fn with_balloon<T>(&self, ask: impl FnOnce(&mut Balloon) -> Result<T, BalloonError>) -> Result<T, BalloonError> {
         let balloon = self.balloon.as_ref().ok_or(BalloonError::NotActive)?;
-        ask(&mut *balloon.lock().expect("no holder of this lock panics"))
+        ask(&mut balloon.lock().expect("no holder of this lock panics"))
     }
 }
 

@@ -34,6 +34,7 @@ pub mod layout;
 mod lifecycle;
 pub mod log;
 pub mod machine;
+mod machinery;
 pub mod memory;
 pub mod metrics;
 pub mod mmds;

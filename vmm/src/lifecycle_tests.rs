@@ -2,6 +2,7 @@ use super::*;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::HintingStart;
 use crate::config::{ConfigError, MachineConfigUpdate};
 use crate::fake::{FakeBuilder, Log};
 use crate::mmds::data::DEFAULT_LIMIT_BYTES;

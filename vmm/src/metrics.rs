@@ -4,7 +4,8 @@
 //! counter is what was counted since the line before. What is not counted here is left out rather than said to be 0; `vcpu`
 //! has an entry for each reason that a vCPU left the guest for, as in a reading.
 //!
-//! A line that cannot be written (a fifo nobody reads) is lost, and what it would have told is in the next one.
+//! A line that cannot be written (a fifo nobody reads) is lost, and what it would have told is in the next one. One of which only a
+//! part could be written is ended before the next: a reader of lines finds one that is no JSON.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -43,6 +44,8 @@ pub type Counters = Map<String, Value>;
 pub(crate) struct MetricsFile {
     file: File,
     told: Value,
+    /// The last line was not taken whole.
+    torn: bool,
 }
 
 impl MetricsFile {
@@ -58,6 +61,7 @@ impl MetricsFile {
         Ok(Self {
             file,
             told: Value::Null,
+            torn: false,
         })
     }
 
@@ -71,9 +75,13 @@ impl MetricsFile {
         if let (Value::Object(line), Value::Object(grown)) = (&mut line, grown(&counters, &self.told)) {
             line.extend(grown);
         }
-        let mut bytes = line.to_string().into_bytes();
-        bytes.push(b'\n');
-        self.file.write_all(&bytes).map_err(MetricsError::Write)?;
+        let begin = if self.torn { "\n" } else { "" };
+        let bytes = format!("{begin}{line}\n").into_bytes();
+        let written = self.file.write(&bytes).map_err(MetricsError::Write)?;
+        self.torn = written < bytes.len();
+        if self.torn {
+            return Err(MetricsError::Write(io::ErrorKind::WriteZero.into()));
+        }
         self.told = counters;
         Ok(())
     }

@@ -43,7 +43,7 @@ pub struct Cli {
 pub enum Command {
     /// Run a guest with its console on this terminal (Ctrl-A x ends it)
     #[command(after_help = exit::HELP)]
-    Run(Run),
+    Run(Box<Run>),
     /// Show where the vCPUs' time goes
     Times(Times),
     /// Say how well this host can run guests and tell their time, and what to change
@@ -96,7 +96,6 @@ pub struct Serve {
 
 /// Flags of Firecracker that are accepted for its clients' sake.
 #[derive(Args, Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a flag of Firecracker's")]
 pub struct Ignored {
     #[arg(long, hide = true)]
     enable_pci: bool,
