@@ -20,6 +20,8 @@
 
 pub mod balloon;
 pub mod block;
+#[cfg(test)]
+pub mod hostile;
 pub mod mmio;
 pub mod net;
 pub mod queue;
@@ -226,6 +228,8 @@ impl DeviceEvents {
             None => device.ready(place - self.notifications.len()),
         };
         if let Err(error) = result {
+            #[cfg(test)]
+            println!("DBG {error}");
             tracing::warn!(
                 "{}: its driver broke the rules: {error}; it does nothing until it is reset",
                 self.name

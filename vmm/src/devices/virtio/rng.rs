@@ -238,6 +238,7 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, Ordering};
 
+    use super::super::hostile;
     use super::super::testing::{BUFFERS, Driver, for_driver, from_driver};
     use super::*;
     use crate::config::{RateLimiter as Limits, TokenBucket};
@@ -386,5 +387,17 @@ mod tests {
         // Four chains a turn; the last turn finds the queue empty.
         assert_eq!(setup.driver.turn(1000), 256 / 4 + 1);
         assert_eq!(setup.driver.used(0).len(), 256);
+    }
+
+    #[test]
+    fn a_hostile_driver_harms_nobody() {
+        let rng = || {
+            let mut rng = Rng::new(&Entropy::default()).unwrap();
+            // The cases are to be the same each time.
+            rng.source = ones;
+            Arc::new(Mutex::new(rng))
+        };
+        hostile::survives(|| rng());
+        hostile::survives_registers(|| rng());
     }
 }

@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use event_manager::EventSet;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::BorrowedFd;
+use rustix::buffer::spare_capacity;
+use rustix::event::{Timespec, epoll};
+use rustix::fd::{BorrowedFd, OwnedFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::mmio::Transport;
@@ -68,6 +68,8 @@ pub struct Driver {
     pub memory: Arc<GuestMemory>,
     pub rings: Vec<Ring>,
     events: DeviceEvents,
+    /// Waits for what the device waits for, as the event loop does.
+    epoll: OwnedFd,
 }
 
 /// Rings begin here, a page for each part.
@@ -95,11 +97,20 @@ impl Driver {
         let interrupt = Arc::new(Interrupt::new().unwrap());
         let transport = Transport::new("test device".into(), device, interrupt, Arc::clone(&memory)).unwrap();
         let events = transport.events();
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        for ((fd, set), place) in events.sources().into_iter().zip(0..) {
+            // SAFETY: the device keeps its descriptors open for as long as it lives, which is longer than this function.
+            #[expect(unsafe_code, reason = "descriptors as the event manager takes them")]
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            let flags = epoll::EventFlags::from_bits_retain(set.bits());
+            epoll::add(&epoll, fd, epoll::EventData::new_u64(place), flags).unwrap();
+        }
         Self {
             transport,
             memory,
             rings: Vec::new(),
             events,
+            epoll,
         }
     }
 
@@ -240,25 +251,17 @@ impl Driver {
         events
     }
 
-    /// The places of the sources that are ready. An edge-triggered source counts as ready as long as it is readable.
+    /// The places of the sources that are ready.
     fn ready(&self, patience: Duration) -> Vec<usize> {
-        let sources = self.events.sources();
-        let mut fds: Vec<_> = sources
+        let patience = Timespec::try_from(patience).unwrap();
+        let mut ready = Vec::with_capacity(16);
+        epoll::wait(&self.epoll, spare_capacity(&mut ready), Some(&patience)).unwrap();
+        let mut places: Vec<_> = ready
             .iter()
-            .map(|&(fd, set)| {
-                let wanted = if set.contains(EventSet::IN) {
-                    PollFlags::IN
-                } else {
-                    PollFlags::OUT
-                };
-                // SAFETY: the device keeps its descriptors open for as long as it lives, which is longer than this function.
-                #[expect(unsafe_code, reason = "descriptors as the event manager takes them")]
-                PollFd::from_borrowed_fd(unsafe { BorrowedFd::borrow_raw(fd) }, wanted)
-            })
+            .map(|event| usize::try_from(event.data.u64()).unwrap())
             .collect();
-        poll(&mut fds, Some(&Timespec::try_from(patience).unwrap())).unwrap();
-        let ready = fds.iter().enumerate().filter(|(_, fd)| !fd.revents().is_empty());
-        ready.map(|(place, _)| place).collect()
+        places.sort_unstable();
+        places
     }
 
     /// What the device gave back since this was last called: heads, and how many bytes it says it wrote.

@@ -2,6 +2,7 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use super::*;
+use crate::devices::virtio::hostile;
 use crate::devices::virtio::testing::{BUFFERS, Buffer, Driver, MEMORY_MIB, STATUS, for_driver, from_driver};
 
 const PAGE_U64: u64 = PAGE as u64;
@@ -383,4 +384,11 @@ fn a_reset_forgets_the_driver_and_keeps_the_amount() {
         [],
         "nothing of the last driver's is given to this one"
     );
+}
+
+#[test]
+fn a_hostile_driver_harms_nobody() {
+    let balloon = || Arc::new(Mutex::new(Balloon::new(&all()).unwrap()));
+    hostile::survives(|| balloon());
+    hostile::survives_registers(|| balloon());
 }

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::*;
+use crate::devices::virtio::hostile;
 use crate::devices::virtio::testing::{BUFFERS, Buffer, Driver, for_driver, from_driver};
 use crate::testing::TempFile;
 
@@ -335,4 +336,13 @@ fn requests_under_way_are_done_before_a_reset_returns() {
     disk.driver.turn(100);
     disk.driver.set_up(u64::MAX);
     assert_eq!(disk.ask(0, 0, &[for_driver(DATA, 512)]), (S_OK, 513));
+}
+
+#[test]
+fn a_hostile_driver_harms_nobody() {
+    let image = TempFile::new(&[0x11; 32 << 10]);
+    for engine in ENGINES {
+        hostile::survives(|| hostile::disk(&image, engine));
+    }
+    hostile::survives_registers(|| hostile::disk(&image, IoEngine::Async));
 }

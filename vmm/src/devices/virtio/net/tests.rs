@@ -10,6 +10,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 
 use super::spec::{HEADER_LEN, MAX_FRAME_LEN};
 use super::*;
+use crate::devices::virtio::hostile;
 use crate::devices::virtio::testing::{BUFFERS, Buffer, Driver, for_driver, from_driver};
 
 const MAC: [u8; 6] = [6, 0, 0xac, 0x10, 0, 2];
@@ -520,4 +521,21 @@ fn what_is_for_the_vmm_takes_the_detour_and_its_answers_come_first() {
     wire.turn();
     assert!(wire.host_hears().is_some(), "the rest goes by the wire");
     assert_eq!(wire.metric(|m| &m.tx_packets_count), 1);
+}
+
+#[test]
+fn a_hostile_driver_harms_nobody() {
+    let mut hosts = Vec::new();
+    let mut net = || {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (host, device) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        // One frame waits for a buffer; what the driver sends is not read.
+        send(&host, &[0; HEADER_LEN + 60], SendFlags::empty()).unwrap();
+        hosts.push(host);
+        Arc::new(Mutex::new(
+            Net::with_tap(&config(serde_json::json!({})), Tap::of(device)).unwrap(),
+        ))
+    };
+    hostile::survives(|| net());
+    hostile::survives_registers(|| net());
 }
