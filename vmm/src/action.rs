@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use accounting::Account;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::boot::BootError;
@@ -70,9 +70,9 @@ pub enum Action {
     /// `GET /mmds`. Always legal.
     GetMmds,
     /// `PUT /mmds`. Always legal.
-    PutMmds(Value),
+    PutMmds(Metadata),
     /// `PATCH /mmds`. Always legal, once there is something to be patched.
-    PatchMmds(Value),
+    PatchMmds(Metadata),
     /// `GET /mmds/config`. Always legal.
     GetMmdsConfig,
     /// `PUT /mmds/config`. Before start.
@@ -102,6 +102,17 @@ pub enum Action {
     Stop,
 }
 
+/// The guest's metadata, or a patch of it: any JSON. It may hold secrets, so no log line shows it.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Metadata(pub Value);
+
+impl std::fmt::Debug for Metadata {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Metadata(..)")
+    }
+}
+
 /// What a request was answered with.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
@@ -122,7 +133,7 @@ pub enum Reply {
     /// To `GetHintingStatus`.
     HintingStatus(HintingStatus),
     /// To `GetMmds`: null before the first put.
-    Mmds(Value),
+    Mmds(Metadata),
     /// To `GetMmdsConfig`.
     MmdsConfig(Option<MmdsConfig>),
 }

@@ -49,7 +49,7 @@ use std::thread::JoinHandle;
 use accounting::GtimeSource;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use action::{Accounts, Action, ActionError, HintingStart, Info, Reply, RunState};
+pub use action::{Accounts, Action, ActionError, HintingStart, Info, Metadata, Reply, RunState};
 pub use devices::i8042::KeysUnread;
 pub use end::End;
 

@@ -26,7 +26,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use crate::action::{Action, Info, Reply, RunState};
+use crate::action::{Action, Info, Metadata, Reply, RunState};
 use crate::config::{
     BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, Devices, DriveUpdate, Logger, MachineConfig,
     Metrics, NetworkInterfaceUpdate, Pinning, RateLimiter, Serial, VmConfig,
@@ -177,10 +177,10 @@ impl<B: Builder> Lifecycle<B> {
             Action::StopHinting => self.with_balloon(Run::stop_hinting)?,
             Action::GetMmds => {
                 let mmds = self.mmds.as_ref().map(|mmds| lock(mmds).data.get().cloned());
-                return Ok(Reply::Mmds(mmds.flatten().unwrap_or_default()));
+                return Ok(Reply::Mmds(Metadata(mmds.flatten().unwrap_or_default())));
             }
-            Action::PutMmds(document) => lock(self.mmds()?).data.put(document)?,
-            Action::PatchMmds(patch) => lock(self.mmds()?).data.patch(patch)?,
+            Action::PutMmds(Metadata(document)) => lock(self.mmds()?).data.put(document)?,
+            Action::PatchMmds(Metadata(patch)) => lock(self.mmds()?).data.patch(patch)?,
             Action::GetMmdsConfig => return Ok(Reply::MmdsConfig(self.mmds_config.clone())),
             Action::PutMmdsConfig(config) => {
                 self.before_start()?;

@@ -106,7 +106,7 @@ fn every_action() -> Vec<(Action, [bool; 3])> {
         (Action::GetHintingStatus, AFTER),
         (Action::StopHinting, AFTER),
         (Action::GetMmds, ALWAYS),
-        (Action::PutMmds(json!({})), ALWAYS),
+        (Action::PutMmds(Metadata(json!({}))), ALWAYS),
         (Action::GetMmdsConfig, ALWAYS),
         (
             Action::PutMmdsConfig(from_json(json!({ "network_interfaces": ["i"] }))),

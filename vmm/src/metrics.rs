@@ -71,13 +71,14 @@ impl MetricsFile {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
-        let mut line = json!({ "utc_timestamp_ms": u64::try_from(now.as_millis()).unwrap_or(u64::MAX) });
-        if let (Value::Object(line), Value::Object(grown)) = (&mut line, grown(&counters, &self.told)) {
-            line.extend(grown);
-        }
         let begin = if self.torn { "\n" } else { "" };
-        let bytes = format!("{begin}{line}\n").into_bytes();
-        let written = self.file.write(&bytes).map_err(MetricsError::Write)?;
+        let grown = grown(&counters, &self.told).to_string();
+        // The time comes first, as in Firecracker's.
+        let rest = grown.strip_prefix('{').unwrap_or("}");
+        let comma = if rest == "}" { "" } else { "," };
+        let line = format!("{begin}{{\"utc_timestamp_ms\":{}{comma}{rest}\n", now.as_millis());
+        let bytes = line.as_bytes();
+        let written = self.file.write(bytes).map_err(MetricsError::Write)?;
         self.torn = written < bytes.len();
         if self.torn {
             return Err(MetricsError::Write(io::ErrorKind::WriteZero.into()));
@@ -181,6 +182,7 @@ mod tests {
                 json!({ "block": { "read_count": 7, "flush_count": 1 }, "vsock": {} }),
             ))
             .unwrap();
+        metrics.write(Counters::new()).unwrap();
         let lines = lines(&file);
         assert_eq!(lines[0]["block"], json!({ "read_count": 5 }));
         assert_eq!(lines[1]["block"], json!({ "read_count": 2, "flush_count": 1 }));

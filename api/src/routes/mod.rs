@@ -34,7 +34,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::{Mutex, OnceCell, oneshot};
-use vmm::{Action, ActionError, Reply};
+use vmm::{Action, ActionError, Metadata, Reply};
 
 use crate::backend::Backend;
 use crate::host::Host;
@@ -264,7 +264,7 @@ async fn act(shared: &Shared, action: Action) -> Result<Response, Fault> {
         Reply::BalloonStats(stats) => json(&*stats),
         Reply::HintingStatus(status) => json(&status),
         // Nothing was put: Firecracker answers with an object without entries.
-        Reply::Mmds(Value::Null) | Reply::MmdsConfig(None) => json(&Value::Object(serde_json::Map::new())),
+        Reply::Mmds(Metadata(Value::Null)) | Reply::MmdsConfig(None) => json(&Value::Object(serde_json::Map::new())),
         Reply::Mmds(document) => json(&document),
         Reply::MmdsConfig(Some(config)) => json(&config),
     })
