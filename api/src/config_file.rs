@@ -183,7 +183,7 @@ mod tests {
                 "vsock": {"guest_cid": 3, "uds_path": "v.sock"}, "entropy": {},
                 "balloon": {"amount_mib": 16, "deflate_on_oom": true}, "serial": {"serial_out_path": "/dev/null"}}"#,
         );
-        assert_eq!((config.drives.len(), config.drives[1].drive_id.as_str()), (2, "rootfs"));
+        assert_eq!((config.drives.len(), config.drives[0].drive_id.as_str()), (2, "rootfs"));
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(configured(&text), config);
     }

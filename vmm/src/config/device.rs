@@ -1,5 +1,5 @@
 //! What the devices are made of: the shapes of Firecracker's `/drives`, `/network-interfaces`, `/vsock`, `/entropy` and
-//! `/balloon`. What one may hold beside its type is said by `devices.rs`, and by its device, where it is built.
+//! `/balloon`. What one may hold beside its type is said by `devices.rs`, and by its device, where it is built. What was left out is shown as null, as there.
 
 use std::path::PathBuf;
 
@@ -17,7 +17,7 @@ pub struct TokenBucket {
     /// Tokens it holds: bytes, or operations. 0 sets no limit.
     pub size: u64,
     /// Tokens given once, at the start, on top.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub one_time_burst: Option<u64>,
     /// Milliseconds to fill. 0 sets no limit.
     pub refill_time: u64,
@@ -28,10 +28,10 @@ pub struct TokenBucket {
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     /// Bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub bandwidth: Option<TokenBucket>,
     /// Operations: requests, or frames.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub ops: Option<TokenBucket>,
 }
 
@@ -42,7 +42,7 @@ pub struct Drive {
     /// Its name: letters, digits and `_`.
     pub drive_id: String,
     /// The partition to mount as root, of a root device; all of it where absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub partuuid: Option<String>,
     /// Whether the kernel is told to mount it as its root. At most one is.
     pub is_root_device: bool,
@@ -53,16 +53,16 @@ pub struct Drive {
     #[serde(default, deserialize_with = "or_default")]
     pub is_read_only: bool,
     /// A raw image, or a block device.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub path_on_host: Option<PathBuf>,
     /// Limits reads and writes together.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
     /// How requests reach the file.
     #[serde(default, deserialize_with = "or_default")]
     pub io_engine: IoEngine,
     /// Of a vhost-user back end, which we do not have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub socket: Option<PathBuf>,
 }
 
@@ -109,16 +109,16 @@ pub struct NetworkInterface {
     /// The tap device on the host.
     pub host_dev_name: String,
     /// The guest's address; the guest chooses where absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub guest_mac: Option<MacAddr>,
     /// What the guest is told as its MTU.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub mtu: Option<u16>,
     /// Limits what the guest receives.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub rx_rate_limiter: Option<RateLimiter>,
     /// Limits what it sends.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub tx_rate_limiter: Option<RateLimiter>,
 }
 
@@ -190,7 +190,7 @@ impl From<MacAddr> for String {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
-    /// Of Firecracker before 1.0; without effect.
+    /// Of Firecracker before 1.0; without effect, and not shown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_id: Option<String>,
     /// The guest's context id, from 3 up.
@@ -204,7 +204,7 @@ pub struct Vsock {
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
     /// Limits what the guest is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
 }
 

@@ -98,9 +98,10 @@ impl Devices {
         Ok(())
     }
 
-    /// Adds `drive`, or puts it in the place of the one of its id.
+    /// Adds `drive`, or puts it in the place of the one of its id; a root goes first.
     pub fn put_drive(&mut self, drive: Drive) {
         put(&mut self.drives, drive, |drive| &drive.drive_id);
+        self.drives.sort_by_key(|drive| !drive.is_root_device);
     }
 
     /// The drive `id`.
@@ -225,7 +226,7 @@ mod tests {
             devices.check_drive(&drive).unwrap();
             devices.put_drive(drive);
         }
-        assert_eq!(devices.drives, [drive("a", false), drive("b", true)]);
+        assert_eq!(devices.drives, [drive("b", true), drive("a", false)]);
         assert_eq!(devices.check_drive(&drive("a", true)), Err(DriveRefused::SecondRoot));
         assert_eq!(devices.check_drive(&drive("b", true)), Ok(()), "it is itself the root");
         assert!(devices.drive_mut("c").is_err());

@@ -199,10 +199,10 @@ pub struct BootSource {
     /// An ELF vmlinux (64-bit protocol or PVH) or a bzImage.
     pub kernel_image_path: PathBuf,
     /// The kernel's command line; Firecracker's default where absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub boot_args: Option<String>,
     /// Initial RAM disk.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub initrd_path: Option<PathBuf>,
 }
 

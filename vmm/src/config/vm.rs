@@ -12,7 +12,7 @@ use super::{Balloon, BootSource, Drive, Entropy, Logger, MachineConfig, Metrics,
 pub struct VmConfig {
     /// The balloon.
     pub balloon: Option<Balloon>,
-    /// Drives, in the order they were put.
+    /// Drives, the root first, the others in the order they were put.
     pub drives: Vec<Drive>,
     /// What it boots.
     pub boot_source: Option<BootSource>,
