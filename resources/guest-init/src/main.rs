@@ -5,8 +5,10 @@
 //! statically, and expects /bin/busybox for its shell.
 
 mod disk;
+mod memory;
 mod modules;
 mod plan;
+mod random;
 mod root;
 
 use std::fs::{self, OpenOptions};
@@ -62,6 +64,15 @@ fn run(step: Step, cpus: usize) {
             step,
             disk::read_for(time).map(|(bytes, took)| format!("{bytes} bytes in {} us", took.as_micros())),
         ),
+        Step::Hwrng(bytes) => say(
+            step,
+            random::read(bytes).map(|random| {
+                let random::Random { bytes, values } = random;
+                format!("{bytes} bytes of {values} values")
+            }),
+        ),
+        Step::Touch(mib) => memory::touch(mib),
+        Step::Balloon => say(step, memory::load_balloon().map(|()| "loaded".to_owned())),
         Step::PowerOff => end("poweroff", RebootCommand::PowerOff),
         Step::Reboot => end("reboot", RebootCommand::Restart),
         Step::Shell => shell(),

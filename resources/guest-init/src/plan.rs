@@ -6,6 +6,9 @@
 //! | `sleep:MS` | leaves every CPU idle |
 //! | `disk-verify:MS` | writes and reads all over `/dev/vda`, which has to be zeros, and checks what it reads |
 //! | `disk-read:MS` | reads `/dev/vda` and says how much |
+//! | `hwrng:BYTES` | reads so many bytes of the entropy device |
+//! | `touch:MIB` | writes to so much memory, and frees it |
+//! | `balloon` | loads the balloon's driver |
 //! | `repeat:N` | does what stands before it N times in all |
 //! | `forever` | does what stands before it again and again |
 //! | `shell` | a shell on the console, until it ends |
@@ -23,6 +26,9 @@ pub enum Step {
     Sleep(Duration),
     DiskVerify(Duration),
     DiskRead(Duration),
+    Hwrng(usize),
+    Touch(usize),
+    Balloon,
     PowerOff,
     Reboot,
     Shell,
@@ -36,6 +42,9 @@ impl fmt::Display for Step {
             Self::Sleep(time) => write!(f, "sleep {} ms", time.as_millis()),
             Self::DiskVerify(time) => write!(f, "disk-verify {} ms", time.as_millis()),
             Self::DiskRead(time) => write!(f, "disk-read {} ms", time.as_millis()),
+            Self::Hwrng(bytes) => write!(f, "hwrng {bytes} bytes"),
+            Self::Touch(mib) => write!(f, "touch {mib} MiB"),
+            Self::Balloon => f.write_str("balloon"),
             Self::PowerOff => f.write_str("poweroff"),
             Self::Reboot => f.write_str("reboot"),
             Self::Shell => f.write_str("shell"),
@@ -93,11 +102,18 @@ impl Plan {
                     .map(Duration::from_millis)
                     .ok_or(format!("chronovisor.do={plan}: {word}: {name}:MILLISECONDS expected"))
             };
+            let count = |what| {
+                let count = number().and_then(|count| usize::try_from(count).ok());
+                count.ok_or(format!("chronovisor.do={plan}: {word}: {name}:{what} expected"))
+            };
             match name {
                 "spin" => steps.push(Step::Spin(time()?)),
                 "sleep" => steps.push(Step::Sleep(time()?)),
                 "disk-verify" => steps.push(Step::DiskVerify(time()?)),
                 "disk-read" => steps.push(Step::DiskRead(time()?)),
+                "hwrng" => steps.push(Step::Hwrng(count("BYTES")?)),
+                "touch" => steps.push(Step::Touch(count("MIB")?)),
+                "balloon" => steps.push(Step::Balloon),
                 "poweroff" => steps.push(Step::PowerOff),
                 "reboot" => steps.push(Step::Reboot),
                 "shell" => steps.push(Step::Shell),
@@ -173,6 +189,8 @@ mod tests {
             ("jump", "unknown step jump"),
             ("spin", "spin:MILLISECONDS"),
             ("sleep:soon", "sleep:soon"),
+            ("touch", "touch:MIB"),
+            ("hwrng:-1", "hwrng:BYTES"),
             ("spin:1,repeat", "repeat:TIMES"),
             ("forever", "nothing to do"),
             ("spin:1,forever,forever", "only one"),

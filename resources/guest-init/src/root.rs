@@ -68,7 +68,7 @@ impl<'a> Root<'a> {
                 "only a device's name, such as /dev/vda, is understood",
             ));
         }
-        for driver in ["virtio_mmio", "virtio_pci", "virtio_blk"] {
+        for driver in ["virtio_mmio", "virtio_blk"] {
             modules::load(driver)?;
         }
         let begun = Instant::now();
