@@ -232,10 +232,15 @@ impl Net {
                 self.tap.name()
             );
         } else if !gone && !self.complained {
+            let tap = self.tap.name();
+            // What the kernel says of one that is down.
+            let advice = match error.raw_os_error() {
+                Some(libc::EIO) => format!(" (is it up? `ip link set {tap} up`)"),
+                _ => String::new(),
+            };
             tracing::warn!(
-                "interface {}: cannot {what} tap {}: {error}; the frame is lost, further ones are only counted",
-                self.iface,
-                self.tap.name()
+                "interface {}: cannot {what} tap {tap}: {error}{advice}; the frame is lost, further ones are only counted",
+                self.iface
             );
         }
         self.gone |= gone;
