@@ -50,6 +50,10 @@ const TX_BUFFER_BYTES: usize = 8192;
 /// The shortest wait that [`Stack::next_poll`] names: no guest makes the VMM thread spin.
 const SHORTEST_POLL: Duration = Duration::from_millis(1);
 
+/// Frames that the sockets may send in one [`SHORTEST_POLL`]: far more than a guest reads, and an end for what smoltcp would send on
+/// and on. A hostile guest once had smoltcp 0.14 do that.
+const BURST_FRAMES: usize = 256;
+
 /// One interface's way to the service.
 pub struct Stack {
     ipv4: Ipv4Addr,
@@ -61,6 +65,8 @@ pub struct Stack {
     /// One a socket, the one that listens included.
     connections: Vec<Connection>,
     outgoing: Outgoing,
+    /// When [`BURST_FRAMES`] began to be counted, and how many there were since.
+    burst: (Instant, usize),
 }
 
 /// What is kept of a connection beside smoltcp's socket.
@@ -81,10 +87,14 @@ impl Stack {
     /// A stack that answers for `ipv4`, port 80, from `mmds`.
     #[must_use]
     pub fn new(ipv4: Ipv4Addr, mmds: SharedMmds, now: Instant) -> Self {
+        // Whoever would guess initial sequence numbers is the guest itself, or inside it: any seed it cannot know will do.
+        Self::with_seed(ipv4, mmds, now, RandomState::new().build_hasher().finish())
+    }
+
+    fn with_seed(ipv4: Ipv4Addr, mmds: SharedMmds, now: Instant, seed: u64) -> Self {
         let mut outgoing = Outgoing::default();
         let mut config = Config::new(HardwareAddress::Ip);
-        // Initial sequence numbers: whoever guesses them is the guest itself, or inside it.
-        config.random_seed = RandomState::new().build_hasher().finish();
+        config.random_seed = seed;
         let mut port = Port {
             incoming: None,
             outgoing: &mut outgoing,
@@ -105,6 +115,7 @@ impl Stack {
             sockets: SocketSet::new(Vec::new()),
             connections: Vec::new(),
             outgoing,
+            burst: (now, 0),
         };
         stack.listen(now);
         stack
@@ -151,6 +162,11 @@ impl Stack {
         if let Some(frame) = self.outgoing.pop() {
             return Some(frame);
         }
+        if now.saturating_duration_since(self.burst.0) >= SHORTEST_POLL {
+            self.burst = (now, 0);
+        } else if self.burst.1 >= BURST_FRAMES {
+            return None;
+        }
         // A round of all sockets, one segment each: none starves another.
         let mut port = Port {
             incoming: None,
@@ -158,6 +174,7 @@ impl Stack {
         };
         let at = smoltcp_instant(self.epoch, now);
         self.interface.poll_egress(at, &mut port, &mut self.sockets);
+        self.burst.1 += self.outgoing.len();
         self.reap(now);
         self.outgoing.pop()
     }
@@ -175,12 +192,17 @@ impl Stack {
         let Ok(ipv4) = Ipv4Packet::new_checked(packet) else {
             return;
         };
-        self.outgoing.learn(ipv4.src_addr(), from);
+        // From no host there is. smoltcp 0.12 took a SYN from 0.0.0.0, and panicked when it answered.
+        let source = ipv4.src_addr();
+        if source.is_unspecified() || source.is_broadcast() || source.is_multicast() || source == self.ipv4 {
+            return;
+        }
+        self.outgoing.learn(source, from);
         if ipv4.next_header() == IpProtocol::Tcp {
             let Ok(segment) = TcpPacket::new_checked(ipv4.payload()) else {
                 return;
             };
-            let peer = IpEndpoint::new(ipv4.src_addr().into(), segment.src_port());
+            let peer = IpEndpoint::new(source.into(), segment.src_port());
             let opens = segment.syn() && !segment.ack();
             match self.heard_from(peer, opens, now) {
                 Heard::Again => return,
@@ -389,3 +411,11 @@ impl std::fmt::Debug for Stack {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+#[path = "stack_tests.rs"]
+mod stack_tests;
+
+#[cfg(test)]
+#[path = "hostile_tests.rs"]
+mod hostile_tests;

@@ -22,7 +22,7 @@ const ETHERNET_HEADER_BYTES: usize = EthernetFrame::<&[u8]>::header_len();
 const MTU_BYTES: usize = 1500;
 
 /// Frames that wait for the guest's buffers. A guest that gives none loses what comes next, and TCP asks again.
-const QUEUE_FRAMES: usize = 32;
+pub(super) const QUEUE_FRAMES: usize = 32;
 
 /// Guest addresses remembered at once: one, mostly; several where a guest bridges for others. The eldest is forgotten.
 const NEIGHBORS: usize = 16;
@@ -38,6 +38,10 @@ pub(super) struct Outgoing {
 impl Outgoing {
     pub fn pop(&mut self) -> Option<Vec<u8>> {
         self.frames.pop_front()
+    }
+
+    pub fn len(&self) -> usize {
+        self.frames.len()
     }
 
     pub fn is_full(&self) -> bool {
