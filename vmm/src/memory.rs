@@ -99,7 +99,7 @@ impl GuestMemory {
                 host_mib,
             });
         }
-        if huge_pages == HugePages::Hugetlbfs2M && mem_size_mib % 2 != 0 {
+        if huge_pages == HugePages::Hugetlbfs2M && !mem_size_mib.is_multiple_of(2) {
             return Err(MemoryError::NotWholeHugePages {
                 asked_mib: mem_size_mib,
             });

@@ -104,7 +104,7 @@ impl MachineConfig {
         } else {
             1
         };
-        if self.mem_size_mib == 0 || self.mem_size_mib % granule != 0 {
+        if self.mem_size_mib == 0 || !self.mem_size_mib.is_multiple_of(granule) {
             return Err(ConfigError::MemSize(self.mem_size_mib));
         }
         if self.smt {
