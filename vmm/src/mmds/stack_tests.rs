@@ -30,7 +30,9 @@ fn service(version: Version, document: serde_json::Value, now: Instant) -> Share
 
 /// The guest's network card: what it sent, what came for it.
 #[derive(Clone, Default)]
-struct Card(Rc<RefCell<(VecDeque<Vec<u8>>, VecDeque<Vec<u8>>)>>);
+struct Card(Rc<RefCell<(Frames, Frames)>>);
+
+type Frames = VecDeque<Vec<u8>>;
 
 struct Came(Vec<u8>);
 struct Send(Card);
@@ -497,7 +499,7 @@ impl Bench {
 }
 
 #[test]
-fn another_port_is_refused_and_a_ping_is_answered() {
+fn another_port_is_refused_at_once() {
     let mut bench = Bench::new(Version::V1, named());
     let buffer = || SocketBuffer::new(vec![0; 64]);
     let mut socket = Socket::new(buffer(), buffer());

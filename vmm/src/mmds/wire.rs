@@ -150,7 +150,7 @@ impl phy::Device for Port<'_> {
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Self::TxToken<'_>> {
-        (!self.outgoing.is_full()).then(|| Slot(self.outgoing))
+        (!self.outgoing.is_full()).then_some(Slot(self.outgoing))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
