@@ -90,8 +90,6 @@ fn a_balloon_that_inflates_gives_the_host_its_memory_back_and_deflates_again() {
 fn free_pages_come_back_when_hinted_at_and_when_reported() {
     require_bed!(nohz_full);
     let plan = format!("touch:{TOUCHED},balloon,sleep:100000");
-    // What the guest touched is gone, less what it holds back.
-    let most = MEMORY - TOUCHED / 2 + VMM;
     for (hinting, reporting) in [(true, false), (false, true)] {
         let balloon = json!({
             "amount_mib": 0, "deflate_on_oom": false, "free_page_hinting": hinting, "free_page_reporting": reporting,
@@ -107,9 +105,8 @@ fn free_pages_come_back_when_hinted_at_and_when_reported() {
                 vm.ask("GET", "/balloon/hinting/status", None).body == json!({ "host_cmd": 1, "guest_cmd": 0 })
             });
         }
-        vm.wait_until("less resident memory", |vm| {
-            resident(vm) <= most.min(before - TOUCHED / 2)
-        });
+        // Half at least: a guest tells of large pieces only, and keeps some.
+        vm.wait_until("less resident memory", |vm| resident(vm) <= before - TOUCHED / 2);
         println!(
             "resident: {before} MiB, after {} {} MiB",
             if hinting { "hinting" } else { "reporting" },
