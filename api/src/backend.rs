@@ -5,6 +5,7 @@
 use accounting::disturbance::Disturbance;
 use accounting::reading::Histograms;
 use accounting::{Explained, Reading};
+use vmm::requests::Requests;
 use vmm::{Action, ActionError, Reply, VmmHandle};
 
 /// Called with the answer to an action, on the VMM thread: it must not block.
@@ -14,6 +15,11 @@ pub type Answer = Box<dyn FnOnce(Result<Reply, ActionError>) + Send>;
 pub trait Backend: Send + Sync + 'static {
     /// Hands `action` to the VMM thread. An `answer` dropped without being called means that the microVM has ended.
     fn send(&self, action: Action, answer: Answer);
+
+    /// Where requests are counted, if anywhere.
+    fn requests(&self) -> Option<&Requests> {
+        None
+    }
 
     /// How many vCPUs can be read: none before the start.
     fn vcpus(&self) -> usize;
@@ -35,6 +41,10 @@ pub trait Backend: Send + Sync + 'static {
 impl Backend for VmmHandle {
     fn send(&self, action: Action, answer: Answer) {
         Self::send(self, action, answer);
+    }
+
+    fn requests(&self) -> Option<&Requests> {
+        Some(Self::requests(self))
     }
 
     fn vcpus(&self) -> usize {

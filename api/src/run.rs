@@ -10,12 +10,13 @@ use std::time::Instant;
 
 use accounting::GtimeSource;
 use anyhow::{Context, Result};
+use rustix::time::ClockId;
 use vmm::config::{BootSource, Entropy, HugePages, MachineConfig, Metrics};
 use vmm::log::LogSink;
 use vmm::mmds::data::DEFAULT_LIMIT_BYTES;
 use vmm::{Action, ActionError, Options, Reply, Vmm, VmmHandle};
 
-use crate::cli::{Run, Serve};
+use crate::cli::{Run, Serve, StartTimes};
 use crate::console::{self, Typing};
 use crate::ending::{Asked, Deed, Ending};
 use crate::exit::{self, OnReboot};
@@ -35,6 +36,7 @@ struct Plan {
     gtime_source: GtimeSource,
     log: LogSink,
     mmds_limit_bytes: usize,
+    started: StartTimes,
     /// Puts what is wrong with that in its user's words.
     in_words: fn(&ActionError) -> String,
     on_reboot: OnReboot,
@@ -92,6 +94,7 @@ pub fn run(args: Run) -> Result<u8> {
         gtime_source: args.gtime.source,
         log,
         mmds_limit_bytes: DEFAULT_LIMIT_BYTES,
+        started: StartTimes::default(),
         in_words: by_flag,
         on_reboot: OnReboot::Report,
     })
@@ -135,6 +138,7 @@ pub fn serve(args: Serve) -> Result<u8> {
         gtime_source: args.gtime.source,
         log,
         mmds_limit_bytes: args.mmds_size_limit.unwrap_or(args.http_api_max_payload_size),
+        started: args.started,
         in_words: ToString::to_string,
         on_reboot: OnReboot::Succeed,
     })
@@ -207,7 +211,9 @@ fn launch(plan: Plan) -> Result<u8> {
         };
         let listeners = Listeners { unix, tcp };
         let server = Server::spawn(listeners, Arc::new(handle), plan.limits, started);
-        Some(server.context("the API's thread cannot be started")?)
+        let server = server.context("the API's thread cannot be started")?;
+        report_start(&session.handle, plan.started);
+        Some(server)
     } else {
         None
     };
@@ -219,6 +225,23 @@ fn launch(plan: Plan) -> Result<u8> {
     let (status, word) = exit::of(&end, session.asked(), plan.on_reboot);
     exit::say(&word);
     Ok(status)
+}
+
+/// Tells the metrics how long it took until the API was served: nothing where the jailer has not said when it began.
+fn report_start(handle: &VmmHandle, started: StartTimes) {
+    let us = |clock| {
+        let time = rustix::time::clock_gettime(clock);
+        u64::try_from(time.tv_sec * 1_000_000 + time.tv_nsec / 1000).unwrap_or(0)
+    };
+    let since = |clock, begin| us(clock).saturating_sub(begin);
+    let wall_us = started.start_time_us.map(|begin| since(ClockId::Monotonic, begin));
+    let parent_us = started.parent_cpu_time_us.unwrap_or(0);
+    let cpu_us = started
+        .start_time_cpu_us
+        .map(|begin| since(ClockId::ProcessCPUTime, begin) + parent_us);
+    handle
+        .requests()
+        .served_after(wall_us.unwrap_or(0), cpu_us.unwrap_or(0));
 }
 
 /// What the threads that may end the microVM, or attach to it, share.

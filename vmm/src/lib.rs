@@ -38,6 +38,7 @@ mod machinery;
 pub mod memory;
 pub mod metrics;
 pub mod mmds;
+pub mod requests;
 #[cfg(test)]
 mod testing;
 
@@ -88,6 +89,7 @@ pub struct Options {
 pub(crate) struct Shared {
     pub accounts: Accounts,
     pub warnings: Mutex<Vec<String>>,
+    pub requests: requests::Requests,
 }
 
 /// Asks the VMM thread. Cheap to clone; may be used from any thread.
@@ -129,6 +131,12 @@ impl VmmHandle {
     #[must_use]
     pub fn accounts(&self) -> &Accounts {
         &self.shared.accounts
+    }
+
+    /// Where the API counts its requests.
+    #[must_use]
+    pub fn requests(&self) -> &requests::Requests {
+        &self.shared.requests
     }
 
     /// What the user should know of the machine that was started, a line each: vCPUs on CPUs that tick, for instance. Logged

@@ -334,7 +334,12 @@ impl<B: Builder> Lifecycle<B> {
     /// The file took none of it.
     pub fn flush_metrics(&mut self) -> Result<(), MetricsError> {
         match (&self.state, &mut self.metrics) {
-            (State::Running(machine) | State::Paused(machine), Some((_, file))) => file.write(machine.metrics()),
+            (State::Running(machine) | State::Paused(machine), Some((_, file))) => {
+                let mut counters = machine.metrics();
+                counters.extend(self.shared.requests.counters());
+                let startup = ("api_server".to_owned(), self.shared.requests.startup());
+                file.write(counters, [startup].into_iter().collect())
+            }
             _ => Ok(()),
         }
     }

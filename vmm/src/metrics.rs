@@ -65,14 +65,18 @@ impl MetricsFile {
         })
     }
 
-    /// Writes a line of what `counters` grew by.
-    pub(crate) fn write(&mut self, counters: Counters) -> Result<(), MetricsError> {
+    /// Writes a line of what `counters` grew by, and of `values` as they are.
+    pub(crate) fn write(&mut self, counters: Counters, values: Counters) -> Result<(), MetricsError> {
         let counters = Value::Object(counters);
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
         let begin = if self.torn { "\n" } else { "" };
-        let grown = grown(&counters, &self.told).to_string();
+        let mut grown = grown(&counters, &self.told);
+        if let Value::Object(grown) = &mut grown {
+            grown.extend(values);
+        }
+        let grown = grown.to_string();
         // The time comes first, as in Firecracker's.
         let rest = grown.strip_prefix('{').unwrap_or("}");
         let comma = if rest == "}" { "" } else { "," };
@@ -174,19 +178,22 @@ mod tests {
             metrics_path: file.path().to_owned(),
         };
         let mut metrics = MetricsFile::open(&config).unwrap();
+        let time = |us: u64| counters(json!({ "api_server": { "us": us } }));
         metrics
-            .write(counters(json!({ "block": { "read_count": 5 }, "vsock": {} })))
+            .write(counters(json!({ "block": { "read_count": 5 }, "vsock": {} })), time(9))
             .unwrap();
         metrics
-            .write(counters(
-                json!({ "block": { "read_count": 7, "flush_count": 1 }, "vsock": {} }),
-            ))
+            .write(
+                counters(json!({ "block": { "read_count": 7, "flush_count": 1 }, "vsock": {} })),
+                time(9),
+            )
             .unwrap();
-        metrics.write(Counters::new()).unwrap();
+        metrics.write(Counters::new(), Counters::new()).unwrap();
         let lines = lines(&file);
         assert_eq!(lines[0]["block"], json!({ "read_count": 5 }));
         assert_eq!(lines[1]["block"], json!({ "read_count": 2, "flush_count": 1 }));
         assert_eq!(lines[1]["vsock"], json!({}));
+        assert_eq!(lines[1]["api_server"]["us"], 9, "what is no counter does not grow");
         assert!(
             lines
                 .iter()

@@ -89,6 +89,9 @@ pub struct Serve {
     /// The log.
     #[command(flatten)]
     pub log: Log,
+    /// What the jailer says.
+    #[command(flatten)]
+    pub started: StartTimes,
     /// Firecracker's flags without effect here.
     #[command(flatten)]
     pub ignored: Ignored,
@@ -101,16 +104,24 @@ pub struct Ignored {
     enable_pci: bool,
     #[arg(long, hide = true)]
     boot_timer: bool,
+}
+
+/// What the jailer says of the start, for the metrics. In microseconds.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct StartTimes {
+    /// When it was begun, on CLOCK_MONOTONIC.
     #[arg(long, hide = true, value_name = "US")]
-    start_time_us: Option<u64>,
+    pub start_time_us: Option<u64>,
+    /// How much CPU time the process had used by then.
     #[arg(long, hide = true, value_name = "US")]
-    start_time_cpu_us: Option<u64>,
+    pub start_time_cpu_us: Option<u64>,
+    /// How much CPU time the jailer itself used.
     #[arg(long, hide = true, value_name = "US")]
-    parent_cpu_time_us: Option<u64>,
+    pub parent_cpu_time_us: Option<u64>,
 }
 
 impl Ignored {
-    /// Those given whose absence of effect somebody may notice. The jailer's clock readings are not among them.
+    /// Those given whose absence of effect somebody may notice.
     pub fn noticeable(&self) -> impl Iterator<Item = &'static str> {
         let flags = [(self.enable_pci, "--enable-pci"), (self.boot_timer, "--boot-timer")];
         flags.into_iter().filter_map(|(given, flag)| given.then_some(flag))

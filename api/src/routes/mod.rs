@@ -6,6 +6,7 @@
 
 mod actions;
 mod balloon;
+mod count;
 mod devices;
 mod drives;
 mod fault;
@@ -93,6 +94,9 @@ impl std::fmt::Debug for Shared {
 
 /// All paths.
 pub fn router(shared: Shared, limits: Limits) -> Router {
+    if let Some(requests) = shared.backend.requests() {
+        count::begin(requests);
+    }
     Router::new()
         .route("/", get(vm::info))
         .route("/version", get(vm::version))
@@ -143,7 +147,7 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
         .route("/host", get(host::get))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
-        .layer(middleware::from_fn_with_state(limits, admit))
+        .layer(middleware::from_fn_with_state((shared.clone(), limits), admit))
         .with_state(shared)
 }
 
@@ -152,13 +156,18 @@ async fn unknown(request: Request) -> Fault {
 }
 
 /// Takes in the whole request, and refuses what no handler should see. The order of the checks is Firecracker's.
-async fn admit(State(limits): State<Limits>, request: Request, next: Next) -> Response {
-    let line = format!("{} {}", request.method(), request.uri().path());
+async fn admit(State((shared, limits)): State<(Shared, Limits)>, request: Request, next: Next) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let line = format!("{method} {path}");
     let response = match whole(request, limits).await {
         Ok(request) => next.run(request).await,
         Err(fault) => fault.into_response(),
     };
-    match response.extensions().get::<Fault>() {
+    let fault = response.extensions().get::<Fault>();
+    if let Some(requests) = shared.backend.requests() {
+        count::one(requests, &method, &path, fault.is_some());
+    }
+    match fault {
         Some(fault) => tracing::info!("{line}: {}: {}", response.status().as_u16(), fault.message()),
         None => tracing::debug!("{line}: {}", response.status().as_u16()),
     }
