@@ -54,7 +54,7 @@ fn a_configuration_file_has_all_its_sections_and_the_api_changes_what_it_may() {
     assert_eq!(config["drives"][0]["path_on_host"], json!(disk));
     assert_eq!(
         (&config["balloon"]["amount_mib"], &config["entropy"]),
-        (&json!(0), &json!({}))
+        (&json!(0), &json!({ "rate_limiter": null }))
     );
 
     assert_eq!(
