@@ -14,6 +14,7 @@ use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::mmio::{Transport, Window};
 use crate::devices::virtio::net::{Net, NetError};
 use crate::devices::virtio::rng::{Rng, RngError};
+use crate::devices::virtio::vsock::{Vsock, VsockError};
 use crate::devices::virtio::{Interrupt, Shared};
 use crate::kvm::{CallError, refused};
 use crate::layout::VIRTIO_IRQS;
@@ -32,6 +33,9 @@ pub enum AttachError {
     /// An interface.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// The socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// The entropy device.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -60,6 +64,8 @@ pub struct Attached {
     pub blocks: Vec<Named<Block>>,
     /// Interfaces.
     pub nets: Vec<Named<Net>>,
+    /// The socket device.
+    pub vsock: Option<Arc<Mutex<Vsock>>>,
     /// The entropy device.
     pub entropy: Option<Arc<Mutex<Rng>>>,
 }
@@ -91,6 +97,11 @@ pub fn build(devices: &Devices, memory: &Arc<GuestMemory>) -> Result<(Attached, 
         let net = Arc::new(Mutex::new(Net::new(interface)?));
         add(format!("interface {}", interface.iface_id), net.clone())?;
         attached.nets.push((interface.iface_id.clone(), net));
+    }
+    if let Some(config) = &devices.vsock {
+        let vsock = Arc::new(Mutex::new(Vsock::new(config)?));
+        add("vsock".into(), vsock.clone())?;
+        attached.vsock = Some(vsock);
     }
     if let Some(config) = &devices.entropy {
         let rng = Arc::new(Mutex::new(Rng::new(config)?));

@@ -30,6 +30,7 @@ pub mod rng;
 #[cfg(test)]
 pub mod testing;
 mod timer;
+pub mod vsock;
 
 use std::fmt::Debug;
 use std::os::fd::{AsRawFd, RawFd};

@@ -34,6 +34,13 @@ pub struct Ring {
     next_used: u16,
 }
 
+impl Ring {
+    /// Where the next chain begins.
+    pub fn next_descriptor(&self) -> u16 {
+        self.next_descriptor
+    }
+}
+
 /// A buffer of a chain.
 #[derive(Clone, Copy, Debug)]
 pub struct Buffer {

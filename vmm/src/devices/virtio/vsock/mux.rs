@@ -1,0 +1,715 @@
+//! All connections of a guest, and the sockets behind them.
+//!
+//! ```text
+//!  connect(uds_path) ──► Greeting ── "CONNECT port\n" ──► Connected: Requested ── "OK port\n" ──► Established
+//!  guest's REQUEST ──► connect(uds_path_PORT) ─────────► Connected: Established
+//!  Connected, the guest is through with it, its last bytes not taken yet ──► Parting ──► gone
+//! ```
+//!
+//! One epoll descriptor waits for every socket, edge-triggered: what it says is kept in the connection until an attempt shows otherwise, and no
+//! socket is ever registered anew. Who has something to tell the guest stands in one line and says one packet at a
+//! time, so that none keeps another waiting.
+//!
+//! What the guest can have us keep is bounded: [`MAX_CONNECTIONS`] connections, greetings and partings included, with
+//! [`BUFFER`](super::connection::BUFFER) bytes each, and [`MAX_RESETS`] answers to packets that belong to none. Whoever is to
+//! answer, a client its greeting, the guest a REQUEST or a SHUTDOWN, has [`PATIENCE`].
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, ErrorKind, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::fd::OwnedFd;
+use rustix::net::RecvFlags;
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime};
+use serde::Serialize;
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
+
+use super::connection::{Connection, Next, Verdict};
+use super::packet::{HOST_CID, Header, Op, Ports, STREAM};
+use super::socket::Socket;
+use crate::devices::virtio::queue::Buffers;
+
+/// As Firecracker's.
+pub const MAX_CONNECTIONS: usize = 1023;
+/// As many as the guest's queue has room for: what is beyond that it cannot have waited for.
+const MAX_RESETS: usize = 256;
+/// How long one waits for an answer, as Firecracker.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+/// Longest greeting: `CONNECT 4294967295` and the end of a line are 19 or 20 bytes. Firecracker reads as much.
+const MAX_GREETING: usize = 32;
+/// The first port of the host's given to connections by the host; the last is one less than twice that. As Firecracker's.
+const FIRST_PORT: u32 = 1 << 30;
+/// Sockets looked at, and clients accepted, in one turn.
+const A_TURN: usize = 64;
+
+/// What the socket device did, since its start. Received and transmitted are the guest's words.
+#[derive(Debug, Default, Serialize)]
+pub struct VsockMetrics {
+    /// Bytes of data sent to the guest.
+    pub rx_bytes_count: AtomicU64,
+    /// Bytes of data that came from the guest.
+    pub tx_bytes_count: AtomicU64,
+    /// Packets sent to the guest.
+    pub rx_packets_count: AtomicU64,
+    /// Packets that came from the guest.
+    pub tx_packets_count: AtomicU64,
+    /// Connections made.
+    pub conns_added: AtomicU64,
+    /// Connections ended because nobody answered in time, or a rule was broken.
+    pub conns_killed: AtomicU64,
+    /// Connections ended, however.
+    pub conns_removed: AtomicU64,
+    /// Attempts to write to a socket that failed.
+    pub tx_write_fails: AtomicU64,
+    /// Attempts to read from a socket that failed.
+    pub rx_read_fails: AtomicU64,
+}
+
+pub(super) fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// Has connected, and not said yet to what.
+    Greeting,
+    /// Stands in [`Mux::by_ports`].
+    Connected(Ports, Connection),
+    /// For the guest it is over; bytes are still held for the host's end.
+    Parting(Connection),
+}
+
+#[derive(Debug)]
+struct Entry {
+    stream: UnixStream,
+    stage: Stage,
+    /// When it is ended, unless it is answered.
+    deadline: Option<Instant>,
+    /// Stands in [`Mux::speakers`].
+    speaks: bool,
+}
+
+/// The connections and their sockets.
+#[derive(Debug)]
+pub struct Mux {
+    guest_cid: u64,
+    socket: Socket,
+    epoll: OwnedFd,
+    timer: OwnedFd,
+    timer_set: bool,
+    /// By tokens, which are never used again: an event that comes late finds nothing.
+    entries: HashMap<u64, Entry>,
+    by_ports: HashMap<Ports, u64>,
+    /// Those with something to tell the guest, each once, in their turn; some may be gone.
+    speakers: VecDeque<u64>,
+    resets: VecDeque<Header>,
+    next_token: u64,
+    next_port: u32,
+    listening: bool,
+    metrics: Arc<VsockMetrics>,
+}
+
+/// The listener's token; those of entries follow.
+const LISTENER: u64 = 0;
+
+impl Mux {
+    /// For the guest `guest_cid`; nobody is accepted yet.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn new(guest_cid: u64, socket: Socket) -> io::Result<Self> {
+        Ok(Self {
+            guest_cid,
+            socket,
+            epoll: epoll::create(CreateFlags::CLOEXEC)?,
+            timer: timerfd_create(
+                TimerfdClockId::Monotonic,
+                TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
+            )?,
+            timer_set: false,
+            entries: HashMap::new(),
+            by_ports: HashMap::new(),
+            speakers: VecDeque::new(),
+            resets: VecDeque::new(),
+            next_token: LISTENER + 1,
+            next_port: FIRST_PORT,
+            listening: false,
+            metrics: Arc::default(),
+        })
+    }
+
+    /// What it did so far.
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<VsockMetrics> {
+        &self.metrics
+    }
+
+    /// Readable when [`Mux::ready`] has something to do, and when [`Mux::expired`] has.
+    #[must_use]
+    pub fn sources(&self) -> [RawFd; 2] {
+        [self.epoll.as_raw_fd(), self.timer.as_raw_fd()]
+    }
+
+    /// Takes in clients. Those who connected before have waited in the socket's queue.
+    pub fn listen(&mut self) {
+        if !self.listening {
+            // Not edge-triggered: who does not get his turn in this one gets it in the next.
+            let data = EventData::new_u64(LISTENER);
+            match epoll::add(&self.epoll, self.socket.listener(), data, EventFlags::IN) {
+                Ok(()) => self.listening = true,
+                Err(error) => tracing::warn!("vsock: cannot wait for connections by the host: {error}"),
+            }
+        }
+    }
+
+    fn stop_listening(&mut self) {
+        if std::mem::replace(&mut self.listening, false) {
+            // It is registered: there is nothing to refuse.
+            let _ = epoll::delete(&self.epoll, self.socket.listener());
+        }
+    }
+
+    /// Ends every connection, and takes in no more clients.
+    pub fn close(&mut self) {
+        self.stop_listening();
+        count(&self.metrics.conns_removed, self.by_ports.len() as u64);
+        self.entries.clear();
+        self.by_ports.clear();
+        self.speakers.clear();
+        self.resets.clear();
+    }
+
+    /// Connections, greetings and partings there are.
+    #[cfg(test)]
+    pub fn sockets(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Of one of the connections.
+    #[cfg(test)]
+    pub fn some_ports(&self) -> Option<Ports> {
+        self.by_ports
+            .keys()
+            .copied()
+            .min_by_key(|ports| (ports.guest, ports.host))
+    }
+
+    /// Whether there is something to tell the guest. It may turn out that there is not.
+    #[must_use]
+    pub fn has_news(&self) -> bool {
+        !self.resets.is_empty() || !self.speakers.is_empty()
+    }
+
+    // ---- From the guest ------------------------------------------------------------------------------------------------------
+
+    /// The guest sent a packet: `header`, and behind it `data`, all of the chain's.
+    pub fn from_guest(&mut self, header: &Header, mut data: Buffers<'_>, now: Instant) {
+        count(&self.metrics.tx_packets_count, 1);
+        // The guest is alone on its side: what is from or to others is nobody's, and is dropped, as vhost drops it.
+        if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
+            return;
+        }
+        let ports = header.ports_from_guest();
+        if header.kind != STREAM {
+            self.reset(ports, header);
+            return;
+        }
+        let Some(&token) = self.by_ports.get(&ports) else {
+            match Op::from_number(header.op) {
+                Some(Op::Request) => self.request(ports, header),
+                // Two that answer a RST by a RST would never end.
+                Some(Op::Reset) => {}
+                _ => self.reset(ports, header),
+            }
+            return;
+        };
+        let Some(entry) = self.entries.get_mut(&token) else {
+            return;
+        };
+        let Stage::Connected(_, connection) = &mut entry.stage else {
+            return;
+        };
+        match connection.hear(header) {
+            Verdict::Noted => {}
+            Verdict::Accepted => {
+                entry.deadline = None;
+                // A socket that has not been written to has room for it.
+                let told = entry.stream.write(format!("OK {}\n", ports.host).as_bytes());
+                if told.is_err() {
+                    connection.hung_up();
+                }
+            }
+            Verdict::Data(len) if data.len() < len as usize => return self.kill(token),
+            Verdict::Data(len) => {
+                count(&self.metrics.tx_bytes_count, len.into());
+                let data = data.take_front(len as usize);
+                if write_through(&entry.stream, connection, data) {
+                    count(&self.metrics.tx_write_fails, 1);
+                }
+            }
+            Verdict::Closed => {
+                self.reset(ports, header);
+                return self.part(token);
+            }
+            Verdict::Gone => return self.remove(token),
+            Verdict::Broken => return self.kill(token),
+        }
+        self.settle(token, now);
+    }
+
+    /// The guest asks for a connection.
+    fn request(&mut self, ports: Ports, header: &Header) {
+        let stream = if self.entries.len() < MAX_CONNECTIONS {
+            self.socket.connect(ports.host)
+        } else {
+            Err(ErrorKind::QuotaExceeded.into())
+        };
+        let added = stream.and_then(|stream| {
+            let connection = Connection::by_guest(header);
+            self.add(stream, Stage::Connected(ports, connection))
+        });
+        match added {
+            Ok(token) => {
+                self.by_ports.insert(ports, token);
+                count(&self.metrics.conns_added, 1);
+                self.speak(token);
+            }
+            Err(error) => {
+                tracing::debug!(
+                    "vsock: the guest's connection to port {} is refused: {error}",
+                    ports.host
+                );
+                self.reset(ports, header);
+            }
+        }
+    }
+
+    /// Answers a packet of the guest's by a RST, of its own type.
+    fn reset(&mut self, ports: Ports, to: &Header) {
+        let kind = to.kind;
+        self.push_reset(Header {
+            kind,
+            ..Header::to_guest(self.guest_cid, ports, Op::Reset)
+        });
+    }
+
+    fn push_reset(&mut self, header: Header) {
+        // A guest that does not take them needs no more of them.
+        if self.resets.len() < MAX_RESETS {
+            self.resets.push_back(header);
+        }
+    }
+
+    // ---- To the guest --------------------------------------------------------------------------------------------------------
+
+    /// The next packet for the guest: its header, its data in `room`. [`None`] if there is none; nothing was written then.
+    pub fn to_guest(&mut self, room: &Buffers<'_>, now: Instant) -> Option<Header> {
+        let header = self.resets.pop_front().or_else(|| self.speech(room, now))?;
+        count(&self.metrics.rx_packets_count, 1);
+        count(&self.metrics.rx_bytes_count, header.len.into());
+        Some(header)
+    }
+
+    fn speech(&mut self, room: &Buffers<'_>, now: Instant) -> Option<Header> {
+        // Each in line once: an entry that has no more to say leaves the line.
+        while let Some(token) = self.speakers.pop_front() {
+            let Some(entry) = self.entries.get_mut(&token) else {
+                continue;
+            };
+            entry.speaks = false;
+            let Stage::Connected(ports, connection) = &mut entry.stage else {
+                continue;
+            };
+            let ports = *ports;
+            // Ends: a read that gives nothing is not due again.
+            let said = loop {
+                match connection.next() {
+                    None => break None,
+                    Some(Next::Say(op, flags)) => {
+                        connection.said(op, flags);
+                        break Some((op, flags, 0));
+                    }
+                    Some(Next::Read(most)) => match read_into(&entry.stream, room, most) {
+                        Ok(0) => connection.end_of_file(),
+                        Ok(len) => {
+                            connection.sent(len);
+                            break Some((Op::Data, 0, len));
+                        }
+                        Err(error) if error.kind() == ErrorKind::WouldBlock => connection.drained(),
+                        // The host's end closed without reading all that was for it.
+                        Err(_) => {
+                            count(&self.metrics.rx_read_fails, 1);
+                            connection.hung_up();
+                            connection.end_of_file();
+                        }
+                    },
+                }
+            };
+            let header = said.map(|(op, flags, len)| {
+                let mut header = Header {
+                    flags,
+                    len,
+                    ..Header::to_guest(self.guest_cid, ports, op)
+                };
+                connection.fill(&mut header);
+                header
+            });
+            self.settle(token, now);
+            if header.is_some() {
+                return header;
+            }
+        }
+        None
+    }
+
+    // ---- Events --------------------------------------------------------------------------------------------------------------
+
+    /// The epoll descriptor was readable.
+    pub fn ready(&mut self, now: Instant) {
+        let mut events: Vec<Event> = Vec::with_capacity(A_TURN);
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let buffer = rustix::buffer::spare_capacity(&mut events);
+        if let Err(error) = epoll::wait(&self.epoll, buffer, Some(&at_once)) {
+            tracing::debug!("vsock: {error}");
+        }
+        for Event { flags, data } in events {
+            match data.u64() {
+                LISTENER => self.accept(now),
+                token => self.happened(token, flags, now),
+            }
+        }
+    }
+
+    /// Clients of the host's.
+    fn accept(&mut self, now: Instant) {
+        for _ in 0..A_TURN {
+            let stream = match self.socket.accept() {
+                Ok(stream) => stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
+                Err(error) => {
+                    tracing::warn!("vsock: cannot take in a connection by the host: {error}; trying again in a while");
+                    self.stop_listening();
+                    self.set_timer(PATIENCE);
+                    return;
+                }
+            };
+            if self.entries.len() >= MAX_CONNECTIONS {
+                tracing::debug!("vsock: there are {MAX_CONNECTIONS} connections: one more by the host is refused");
+                continue;
+            }
+            if let Ok(token) = self.add(stream, Stage::Greeting) {
+                self.set_deadline(token, now);
+            }
+        }
+    }
+
+    fn add(&mut self, stream: UnixStream, stage: Stage) -> io::Result<u64> {
+        let token = self.next_token;
+        self.next_token += 1;
+        let all = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        epoll::add(&self.epoll, &stream, EventData::new_u64(token), all)?;
+        let entry = Entry {
+            stream,
+            stage,
+            deadline: None,
+            speaks: false,
+        };
+        self.entries.insert(token, entry);
+        Ok(token)
+    }
+
+    fn happened(&mut self, token: u64, flags: EventFlags, now: Instant) {
+        let Some(entry) = self.entries.get_mut(&token) else {
+            return;
+        };
+        let gone = flags.intersects(EventFlags::HUP | EventFlags::ERR);
+        match &mut entry.stage {
+            Stage::Greeting => self.greeting(token, now),
+            Stage::Connected(_, connection) => {
+                if flags.intersects(EventFlags::IN | EventFlags::RDHUP) {
+                    connection.readable();
+                }
+                if flags.contains(EventFlags::OUT) {
+                    connection.writable();
+                }
+                if gone && connection.is_requested() {
+                    return self.kill(token);
+                }
+                if gone {
+                    connection.hung_up();
+                } else if flush(&entry.stream, connection) {
+                    count(&self.metrics.tx_write_fails, 1);
+                }
+                self.settle(token, now);
+            }
+            Stage::Parting(connection) => {
+                connection.writable();
+                let failed = gone || flush(&entry.stream, connection);
+                if failed || connection.is_flushed() {
+                    self.entries.remove(&token);
+                }
+            }
+        }
+    }
+
+    /// What a client wants, if it has said so.
+    fn greeting(&mut self, token: u64, now: Instant) {
+        let Some(entry) = self.entries.get_mut(&token) else {
+            return;
+        };
+        // Only looked at: what follows the line is for the guest.
+        let mut start = [0; MAX_GREETING];
+        let len = match rustix::net::recv(&entry.stream, &mut start, RecvFlags::PEEK) {
+            Ok((len, _)) => len,
+            Err(rustix::io::Errno::WOULDBLOCK) => return,
+            Err(_) => 0,
+        };
+        let start = &start[..len];
+        let Some(end) = start.iter().position(|&byte| byte == b'\n') else {
+            if len == 0 || len == MAX_GREETING {
+                self.entries.remove(&token);
+            }
+            return;
+        };
+        let (mut line, port) = ([0; MAX_GREETING], port_of(&start[..end]));
+        let taken = rustix::net::recv(&entry.stream, &mut line[..=end], RecvFlags::empty());
+        let (Ok(_), Some(guest)) = (taken, port) else {
+            self.entries.remove(&token);
+            return;
+        };
+        let ports = self.assign(guest);
+        if let Some(entry) = self.entries.get_mut(&token) {
+            entry.stage = Stage::Connected(ports, Connection::by_host());
+            self.by_ports.insert(ports, token);
+            count(&self.metrics.conns_added, 1);
+            self.set_deadline(token, now);
+            self.speak(token);
+        }
+    }
+
+    /// Ports for a connection by the host. There are far fewer connections than ports.
+    fn assign(&mut self, guest: u32) -> Ports {
+        loop {
+            let ports = Ports {
+                host: self.next_port,
+                guest,
+            };
+            self.next_port = FIRST_PORT | (self.next_port + 1) & (FIRST_PORT - 1);
+            if !self.by_ports.contains_key(&ports) {
+                return ports;
+            }
+        }
+    }
+
+    /// The timer's descriptor was readable: whoever has not answered by `now` is ended.
+    pub fn expired(&mut self, now: Instant) {
+        let _ = rustix::io::read(&self.timer, &mut [0u8; 8]);
+        self.timer_set = false;
+        let late = |entry: &Entry| entry.deadline.is_some_and(|deadline| deadline <= now);
+        let late: Vec<_> = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| late(entry))
+            .map(|(&token, _)| token)
+            .collect();
+        late.into_iter().for_each(|token| self.kill(token));
+        if let Some(first) = self.entries.values().filter_map(|entry| entry.deadline).min() {
+            self.set_timer(first.saturating_duration_since(now));
+        }
+    }
+
+    // ---- What follows --------------------------------------------------------------------------------------------------------
+
+    /// A connection has changed: does to its socket what is due, and has it stand in line if it has something to say.
+    fn settle(&mut self, token: u64, now: Instant) {
+        let Some(entry) = self.entries.get_mut(&token) else {
+            return;
+        };
+        let Stage::Connected(_, connection) = &mut entry.stage else {
+            return;
+        };
+        // Fails only where the host's end is gone, of which there is an event.
+        if connection.shuts_sending() {
+            let _ = entry.stream.shutdown(Shutdown::Write);
+        }
+        if connection.shuts_receiving() {
+            let _ = entry.stream.shutdown(Shutdown::Read);
+        }
+        let (speaks, over) = (connection.next().is_some(), connection.awaits_reset());
+        if over && entry.deadline.is_none() {
+            self.set_deadline(token, now);
+        }
+        if speaks {
+            self.speak(token);
+        }
+    }
+
+    fn speak(&mut self, token: u64) {
+        if let Some(entry) = self.entries.get_mut(&token)
+            && !std::mem::replace(&mut entry.speaks, true)
+        {
+            self.speakers.push_back(token);
+        }
+    }
+
+    fn set_deadline(&mut self, token: u64, now: Instant) {
+        if let Some(entry) = self.entries.get_mut(&token) {
+            entry.deadline = Some(now + PATIENCE);
+            self.set_timer(PATIENCE);
+        }
+    }
+
+    /// All wait equally long: a timer that is set is for one who came earlier.
+    fn set_timer(&mut self, wait: Duration) {
+        if std::mem::replace(&mut self.timer_set, true) {
+            return;
+        }
+        // Zero would not set it but stop it.
+        let wait = wait.max(Duration::from_nanos(1));
+        let spec = Itimerspec {
+            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
+            it_value: Timespec::try_from(wait).expect("PATIENCE at most"),
+        };
+        // A valid time and a timer: there is nothing to refuse.
+        let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec);
+        debug_assert!(set.is_ok(), "{set:?}");
+    }
+
+    /// The guest is through with a connection. Its socket is closed when the host's end has taken what is held for it.
+    fn part(&mut self, token: u64) {
+        let Some(mut entry) = self.entries.remove(&token) else {
+            return;
+        };
+        if let Stage::Connected(ports, connection) = entry.stage {
+            self.by_ports.remove(&ports);
+            count(&self.metrics.conns_removed, 1);
+            if !connection.is_flushed() {
+                let _ = entry.stream.shutdown(Shutdown::Read);
+                (entry.stage, entry.deadline) = (Stage::Parting(connection), None);
+                self.entries.insert(token, entry);
+            }
+        }
+    }
+
+    /// Ends a connection, with what it holds.
+    fn remove(&mut self, token: u64) {
+        if let Some(entry) = self.entries.remove(&token)
+            && let Stage::Connected(ports, _) = entry.stage
+        {
+            self.by_ports.remove(&ports);
+            count(&self.metrics.conns_removed, 1);
+        }
+    }
+
+    /// As [`Mux::remove`], and the guest is told by a RST.
+    fn kill(&mut self, token: u64) {
+        count(&self.metrics.conns_killed, 1);
+        if let Some(Entry {
+            stage: Stage::Connected(ports, _),
+            ..
+        }) = self.entries.get(&token)
+        {
+            self.push_reset(Header::to_guest(self.guest_cid, *ports, Op::Reset));
+        }
+        self.remove(token);
+    }
+}
+
+/// The port of `CONNECT port`, as Firecracker reads it.
+fn port_of(line: &[u8]) -> Option<u32> {
+    let mut words = std::str::from_utf8(line).ok()?.split_whitespace();
+    let connect = words.next()?.eq_ignore_ascii_case("connect");
+    let port = words.next()?.parse().ok()?;
+    connect.then_some(port)
+}
+
+/// What a socket said through vm-memory.
+fn io_error(error: VolatileMemoryError) -> io::Error {
+    match error {
+        VolatileMemoryError::IOError(error) => error,
+        other => io::Error::other(other),
+    }
+}
+
+/// Reads at most `most` bytes into the start of `room`.
+fn read_into(mut stream: &UnixStream, room: &Buffers<'_>, most: u32) -> io::Result<u32> {
+    let mut read = 0;
+    for slice in room.clone().take_front(most as usize).slices() {
+        let mut slice = slice.clone();
+        match stream.read_volatile(&mut slice).map_err(io_error) {
+            Ok(len) => {
+                read += len;
+                if len < slice.len() {
+                    break;
+                }
+            }
+            // What was read first is sent first.
+            Err(_) if read > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    // At most `most`.
+    Ok(u32::try_from(read).unwrap_or(most))
+}
+
+/// Writes the guest's `data` to the host's end, or holds it. True if the host's end is gone.
+fn write_through(mut stream: &UnixStream, connection: &mut Connection, data: Buffers<'_>) -> bool {
+    for slice in data.slices() {
+        let mut done = 0;
+        if connection.is_hung_up() {
+            done = slice.len();
+        } else if connection.may_write() {
+            match stream.write_volatile(slice).map_err(io_error) {
+                Ok(len) => done = len,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => {
+                    connection.hung_up();
+                    done = slice.len();
+                }
+            }
+            if done < slice.len() {
+                connection.full();
+            }
+        }
+        // A slice is at most as long as a packet.
+        connection.took(u32::try_from(done).unwrap_or(u32::MAX));
+        hold(connection, slice, done);
+    }
+    connection.is_hung_up()
+}
+
+fn hold(connection: &mut Connection, slice: &VolatileSlice<'_>, from: usize) {
+    if let Ok(rest) = slice.offset(from)
+        && !rest.is_empty()
+    {
+        let mut bytes = vec![0; rest.len()];
+        let len = rest.copy_to(&mut bytes);
+        connection.hold(&bytes[..len]);
+    }
+}
+
+/// Writes what is held, as far as the host's end takes it. True if that is gone.
+fn flush(mut stream: &UnixStream, connection: &mut Connection) -> bool {
+    loop {
+        let bytes = connection.to_write();
+        if bytes.is_empty() {
+            return false;
+        }
+        match stream.write(bytes) {
+            Ok(len) => connection.took_held(len),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => connection.full(),
+            Err(_) => {
+                connection.hung_up();
+                return true;
+            }
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! Drivers that break the rules.
+
+use super::*;
+
+#[test]
+fn chains_that_are_no_packets_ask_for_a_reset_after_which_the_device_serves() {
+    type Break = fn(&mut Guest);
+    let table: [(&str, Break); 5] = [
+        ("an empty packet", |guest| guest.put_tx(&[for_driver(TX_AT, 100)])),
+        ("a header too short", |guest| guest.put_tx(&[from_driver(TX_AT, 43)])),
+        ("a packet outside of memory", |guest| {
+            guest.put_tx(&[from_driver(1 << 40, 44)])
+        }),
+        ("a chain in a circle", |guest| {
+            guest.driver.descriptor(TX, 9, from_driver(TX_AT, 44), 1, 9);
+            guest.driver.offer(TX, 9);
+            guest.driver.notify(TX);
+            guest.driver.turn(1000);
+        }),
+        ("no room for a packet", |guest| {
+            guest.set_up_without_room();
+            guest.driver.put(RX, &[for_driver(BUFFERS, 44)]);
+            guest.send(PORTS, Op::CreditUpdate);
+        }),
+    ];
+    let mut guest = Guest::new();
+    for (what, do_it) in table {
+        let (mut client, _) = guest.connected_by_host(52);
+        do_it(&mut guest);
+        assert!(guest.driver.needs_reset(), "{what}");
+        assert!(is_closed(&mut client), "{what}");
+        guest.set_up();
+    }
+    guest.connected_by_host(52);
+}
+
+impl Guest {
+    /// As [`Guest::set_up`], without buffers for packets.
+    fn set_up_without_room(&mut self) {
+        self.driver.set_up(u64::MAX);
+        self.driver.turn(100);
+    }
+}
+
+#[test]
+fn a_packet_that_says_more_than_its_chain_has_ends_its_connection() {
+    for len in [6, BUFFER, BUFFER + 1, u32::MAX] {
+        let mut guest = Guest::new();
+        let (mut client, ports) = guest.connected_by_host(52);
+        let header = Header {
+            len,
+            ..guest.header(ports, Op::Data)
+        };
+        guest.send_raw(header, b"short");
+        guest.expect(Op::Reset);
+        assert!(is_closed(&mut client), "{len}");
+    }
+}
+
+#[test]
+fn a_guest_speaks_for_itself_and_to_the_host_only() {
+    let mut guest = Guest::new();
+    let listener = guest.listener(7);
+    listener.set_nonblocking(true).unwrap();
+    for (src_cid, dst_cid) in [
+        (3, 2),
+        (2, 2),
+        (CID.into(), CID.into()),
+        (CID.into(), 3),
+        (u64::MAX, 2),
+        (1 << 32 | 42, 2),
+    ] {
+        let header = Header {
+            src_cid,
+            dst_cid,
+            ..guest.header(PORTS, Op::Request)
+        };
+        guest.send_raw(header, &[]);
+        assert_eq!(guest.turn(), [], "{src_cid} {dst_cid}");
+    }
+    assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+    // Other types of socket are refused, in their own type.
+    for kind in [0, 2, 3, u16::MAX] {
+        let header = Header {
+            kind,
+            ..guest.header(PORTS, Op::Request)
+        };
+        guest.send_raw(header, &[]);
+        assert_eq!(guest.expect(Op::Reset).0.kind, kind);
+    }
+}
+
+#[test]
+fn a_guest_that_connects_to_its_own_socket_is_a_client_like_any_other() {
+    let mut guest = Guest::new();
+    std::os::unix::fs::symlink("v", guest.folder.path("v_7")).unwrap();
+    guest.send(PORTS, Op::Request);
+    guest.expect(Op::Response);
+    guest.send_data(PORTS, b"CONNECT 99\n");
+    let (request, _) = guest.expect(Op::Request);
+    let ports = Ports {
+        host: request.src_port,
+        guest: 99,
+    };
+    assert_eq!(request.dst_port, 99);
+    guest.send(ports, Op::Response);
+    assert_eq!(
+        guest.expect(Op::Data).1,
+        format!("OK {}\n", request.src_port).as_bytes()
+    );
+    guest.send_data(ports, b"to myself");
+    assert_eq!(guest.expect(Op::Data).1, b"to myself");
+}
+
+#[test]
+fn storms_are_answered_once_or_not_at_all() {
+    let mut guest = Guest::new();
+    let (_client, ports) = guest.connected_by_host(52);
+    guest.set_up_without_room();
+    let listener = guest.listener(7);
+    guest.send(PORTS, Op::Request);
+    let _stream = listener.accept().unwrap();
+    for number in 0..5000 {
+        guest.send(PORTS, Op::CreditRequest);
+        guest.send(
+            Ports { guest: number, ..ports },
+            [Op::Response, Op::CreditRequest, Op::Data][number as usize % 3],
+        );
+    }
+    assert_eq!(guest.sockets(), 1);
+    guest.offer(RX_CHAINS);
+    let mut ops: Vec<_> = Vec::new();
+    loop {
+        let packets = guest.turn();
+        if packets.is_empty() {
+            break;
+        }
+        ops.extend(packets.iter().map(|(header, _)| header.op));
+    }
+    let count = |op: Op| ops.iter().filter(|&&found| found == op.number()).count();
+    assert_eq!(count(Op::Reset), 256);
+    // The response tells of the credit too, as every packet does.
+    assert_eq!((count(Op::Response), count(Op::CreditUpdate)), (1, 0));
+    assert_eq!(ops.len(), 257);
+    guest.connected_by_host(52);
+}
+
+#[test]
+fn a_guest_that_sends_more_than_there_is_room_for_is_reset() {
+    let mut guest = Guest::new();
+    let listener = guest.listener(7);
+    let _never_reads = guest.connected_by_guest(&listener, PORTS);
+    let mut sent = 0;
+    let packets = loop {
+        guest.send_data(PORTS, &[0; 60_000]);
+        sent += 60_000;
+        let packets = guest.turn();
+        if packets.iter().any(|(header, _)| header.op == Op::Reset.number()) {
+            break packets;
+        }
+        assert!(sent < 64 << 20, "who holds all this?");
+    };
+    assert_eq!(packets.last().unwrap().0.op, Op::Reset.number());
+    assert_eq!(guest.sockets(), 0);
+}
+
+/// A generator of numbers that look random (Marsaglia's xorshift64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+
+    fn one_of<T: Copy>(&mut self, of: &[T]) -> T {
+        of[usize::try_from(self.below(of.len() as u64)).unwrap()]
+    }
+}
+
+/// Whatever a guest says in whatever order, with clients of the host's that come, go, speak and read or not.
+#[test]
+fn ten_thousand_seeded_cases_neither_stop_the_device_nor_outgrow_it() {
+    let mut guest = Guest::new();
+    let listener = guest.listener(7);
+    listener.set_nonblocking(true).unwrap();
+    let mut clients: Vec<UnixStream> = Vec::new();
+    for seed in 1..=10_000 {
+        let mut random = Random(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        for _ in 0..random.below(8) {
+            hostile_packet(&mut guest, &mut random);
+            host_side(&mut guest, &listener, &mut clients, &mut random);
+        }
+        if guest.driver.needs_reset() {
+            guest.set_up();
+        }
+        guest.turn();
+        assert!(guest.sockets() <= MAX_CONNECTIONS, "seed {seed}");
+        if seed % 500 == 0 {
+            guest.set_up();
+            clients.clear();
+            // What had come and was not taken in yet is so now, and goes.
+            guest.turn();
+            guest.run_out_of_patience();
+            guest.turn();
+            let (mut client, ports) = guest.connected_by_host(52);
+            guest.send_data(ports, b"well");
+            let mut data = [0; 4];
+            client.read_exact(&mut data).unwrap();
+            assert_eq!(&data, b"well", "seed {seed}");
+            guest.set_up();
+        }
+    }
+}
+
+fn hostile_packet(guest: &mut Guest, random: &mut Random) {
+    let known = guest.vsock.lock().unwrap().mux.some_ports();
+    let mut ports = Ports {
+        host: random.one_of(&[7, 7, 8, 1 << 30, u32::MAX]),
+        guest: random.one_of(&[0, 1, 2, 3, u32::MAX]),
+    };
+    if let (Some(known), 0..3) = (known, random.below(4)) {
+        ports = known;
+    }
+    let extremes = [0, 1, 44, 100, BUFFER - 1, BUFFER, BUFFER + 1, 1 << 31, u32::MAX];
+    let data = vec![0xa5; usize::try_from(random.one_of(&[0, 1, 100, 5000, 65536, 65537])).unwrap()];
+    let honest = u32::try_from(data.len()).unwrap();
+    let header = Header {
+        src_cid: random.one_of(&[CID.into(), CID.into(), CID.into(), CID.into(), 2, u64::MAX]),
+        dst_cid: random.one_of(&[2, 2, 2, 2, CID.into(), u64::MAX]),
+        kind: random.one_of(&[1, 1, 1, 1, 1, 2, 0xffff]),
+        op: random.one_of(&[1, 1, 2, 2, 3, 4, 5, 5, 5, 6, 7, 0, 8, 0xffff]),
+        flags: random.one_of(&[0, 1, 2, 3, u32::MAX]),
+        len: if random.below(3) > 0 {
+            honest
+        } else {
+            random.one_of(&extremes)
+        },
+        buf_alloc: random.one_of(&extremes),
+        fwd_cnt: random.one_of(&extremes),
+        ..guest.header(ports, Op::Data)
+    };
+    if random.below(50) == 0 {
+        let len = random.one_of(&extremes);
+        let at = random.one_of(&[TX_AT, 0, u64::MAX, 1 << 24, (1 << 24) - 1]);
+        let buffer = Buffer {
+            at,
+            len,
+            writable: random.below(2) == 0,
+        };
+        let queue = random.one_of(&[RX, TX, 2]);
+        guest.driver.put(queue, &[buffer]);
+        guest.driver.notify(queue);
+        guest.driver.turn(1000);
+        guest.driver.used(queue);
+        // Its buffers are no more where they were.
+        guest.set_up();
+    } else {
+        guest.send_raw(header, &data);
+    }
+}
+
+fn host_side(guest: &mut Guest, listener: &UnixListener, clients: &mut Vec<UnixStream>, random: &mut Random) {
+    if let Ok((stream, _)) = listener.accept() {
+        clients.push(stream);
+    }
+    if random.below(4) == 0 {
+        // Fails where the queue is full: the device is between two drivers.
+        if let Ok(mut client) = UnixStream::connect(guest.folder.path("v")) {
+            let says = random.one_of(&["", "CONNECT 52\n", "CONNECT 52\nmore", "CONN", "nonsense\n"]);
+            client.write_all(says.as_bytes()).unwrap();
+            clients.push(client);
+        }
+    }
+    if clients.is_empty() {
+        return;
+    }
+    let index = usize::try_from(random.below(clients.len() as u64)).unwrap();
+    let client = &mut clients[index];
+    client.set_nonblocking(true).unwrap();
+    match random.below(6) {
+        0 => drop(clients.swap_remove(index)),
+        1 => drop(client.shutdown(random.one_of(&[
+            std::net::Shutdown::Read,
+            std::net::Shutdown::Write,
+            std::net::Shutdown::Both,
+        ]))),
+        2 => drop(client.write(&[0x5a; 3000])),
+        _ => drop(client.read(&mut [0; 100_000])),
+    }
+    if clients.len() > 200 {
+        clients.clear();
+    }
+}
