@@ -122,8 +122,9 @@ impl Attached {
         metrics::add(&mut counters, "net", &self.nets, |net| json!(**net.metrics()));
         counters.insert("balloon".into(), of(self.balloon.as_ref(), |balloon| balloon.metrics()));
         counters.insert("entropy".into(), of(self.entropy.as_ref(), |rng| rng.metrics()));
+        counters.insert("vsock".into(), of(self.vsock.as_ref(), |vsock| vsock.metrics()));
         // What nothing is counted of yet, clients look for all the same.
-        for section in ["mmds", "vmm", "vsock"] {
+        for section in ["mmds", "vmm"] {
             counters.insert(section.into(), json!({}));
         }
         counters

@@ -10,6 +10,7 @@ mod modules;
 mod plan;
 mod random;
 mod root;
+mod vsock;
 
 use std::fs::{self, OpenOptions};
 use std::process::{Command, exit};
@@ -69,6 +70,20 @@ fn run(step: Step, cpus: usize) {
             random::read(bytes).map(|random| {
                 let random::Random { bytes, values } = random;
                 format!("{bytes} bytes of {values} values")
+            }),
+        ),
+        Step::VsockEcho(port) => say(
+            step,
+            vsock::echo(port).map(|sum| format!("{} bytes, {:016x}", sum.bytes, sum.fnv)),
+        ),
+        Step::VsockSend(port) => say(
+            step,
+            vsock::send(port, 4 << 20).map(|(there, back)| {
+                let (sent, came) = ((there.bytes, there.fnv), (back.bytes, back.fnv));
+                format!(
+                    "{} bytes, {:016x}; back {} bytes, {:016x}",
+                    sent.0, sent.1, came.0, came.1
+                )
             }),
         ),
         Step::Touch(mib) => memory::touch(mib),

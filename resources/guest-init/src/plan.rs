@@ -9,6 +9,8 @@
 //! | `hwrng:BYTES` | reads so many bytes of the entropy device |
 //! | `touch:MIB` | writes to so much memory, and frees it |
 //! | `balloon` | loads the balloon's driver |
+//! | `vsock-echo:PORT` | takes one connection of the host's and sends back what comes |
+//! | `vsock-send:PORT` | connects to the host, sends 4 MiB, and reads what comes back |
 //! | `repeat:N` | does what stands before it N times in all |
 //! | `forever` | does what stands before it again and again |
 //! | `shell` | a shell on the console, until it ends |
@@ -26,6 +28,8 @@ pub enum Step {
     Sleep(Duration),
     DiskVerify(Duration),
     DiskRead(Duration),
+    VsockEcho(u32),
+    VsockSend(u32),
     Hwrng(usize),
     Touch(usize),
     Balloon,
@@ -41,6 +45,8 @@ impl fmt::Display for Step {
             Self::Spin(time) => write!(f, "spin {} ms", time.as_millis()),
             Self::Sleep(time) => write!(f, "sleep {} ms", time.as_millis()),
             Self::DiskVerify(time) => write!(f, "disk-verify {} ms", time.as_millis()),
+            Self::VsockEcho(port) => write!(f, "vsock-echo {port}"),
+            Self::VsockSend(port) => write!(f, "vsock-send {port}"),
             Self::DiskRead(time) => write!(f, "disk-read {} ms", time.as_millis()),
             Self::Hwrng(bytes) => write!(f, "hwrng {bytes} bytes"),
             Self::Touch(mib) => write!(f, "touch {mib} MiB"),
@@ -106,10 +112,16 @@ impl Plan {
                 let count = number().and_then(|count| usize::try_from(count).ok());
                 count.ok_or(format!("chronovisor.do={plan}: {word}: {name}:{what} expected"))
             };
+            let port = || {
+                let port = number().and_then(|port| u32::try_from(port).ok());
+                port.ok_or(format!("chronovisor.do={plan}: {word}: {name}:PORT expected"))
+            };
             match name {
                 "spin" => steps.push(Step::Spin(time()?)),
                 "sleep" => steps.push(Step::Sleep(time()?)),
                 "disk-verify" => steps.push(Step::DiskVerify(time()?)),
+                "vsock-echo" => steps.push(Step::VsockEcho(port()?)),
+                "vsock-send" => steps.push(Step::VsockSend(port()?)),
                 "disk-read" => steps.push(Step::DiskRead(time()?)),
                 "hwrng" => steps.push(Step::Hwrng(count("BYTES")?)),
                 "touch" => steps.push(Step::Touch(count("MIB")?)),

@@ -1,0 +1,93 @@
+//! The socket device with Linux's driver: streams by the host and by the guest, whole in both directions.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tests::bed::Folder;
+use tests::require_bed;
+use tests::vm::{PATIENCE, Vm};
+
+const TOTAL: usize = 4 << 20;
+
+fn device(socket: &Path) -> Value {
+    json!({ "vsock": { "guest_cid": 3, "uds_path": socket } })
+}
+
+/// As the guest sums (FNV-1a).
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, &byte| {
+        (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
+}
+
+#[test]
+fn a_stream_by_the_host_reaches_the_guests_port_and_comes_back_unchanged() {
+    require_bed!(nohz_full);
+    let folder = Folder::new();
+    let socket = folder.join("v.sock");
+    let mut vm = Vm::serve_debian("vsock-echo:52,poweroff", device(&socket));
+    vm.process.wait_for("chronovisor guest: vsock-echo 52: listening");
+    let mut stream = UnixStream::connect(&socket).expect("the device's socket");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a time");
+    stream.write_all(b"CONNECT 52\n").expect("it reads");
+    let mut reader = BufReader::new(stream.try_clone().expect("a second handle"));
+    let mut line = String::new();
+    reader.read_line(&mut line).expect("an answer");
+    assert!(line.starts_with("OK "), "{line}");
+
+    let sent: Vec<u8> = (0..TOTAL).map(|at| (at * at >> 7) as u8).collect();
+    let came = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            stream.write_all(&sent).expect("the guest reads");
+            stream.shutdown(Shutdown::Write).expect("an end");
+        });
+        let mut came = Vec::new();
+        reader.read_to_end(&mut came).expect("the guest writes");
+        came
+    });
+    assert!(came == sent, "{} bytes came back of {TOTAL}", came.len());
+    let (status, output, stderr) = vm.process.wait();
+    assert_eq!(status.code(), Some(0), "{stderr}");
+    let said = format!("vsock-echo 52: {TOTAL} bytes, {:016x}", fnv(&sent));
+    assert!(output.contains(&said), "{said}: {output}");
+    assert!(!socket.exists(), "the socket goes with the guest");
+}
+
+#[test]
+fn a_stream_by_the_guest_reaches_the_hosts_port_and_comes_back_unchanged() {
+    require_bed!(nohz_full);
+    let folder = Folder::new();
+    let socket = folder.join("v.sock");
+    let listener = UnixListener::bind(folder.join("v.sock_77")).expect("a socket");
+    let mut vm = Vm::serve_debian("vsock-send:77,poweroff", device(&socket));
+    let (mut stream, _) = listener.accept().expect("the guest connects");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a time");
+    let (mut came, mut piece) = (Vec::new(), vec![0; 10_000]);
+    loop {
+        let len = stream.read(&mut piece).expect("the guest writes");
+        if len == 0 {
+            break;
+        }
+        came.extend_from_slice(&piece[..len]);
+        stream.write_all(&piece[..len]).expect("the guest reads");
+    }
+    drop(stream);
+    let (status, output, stderr) = vm.process.wait();
+    assert_eq!(status.code(), Some(0), "{stderr}");
+    let sum = fnv(&came);
+    let said = format!("vsock-send 77: {TOTAL} bytes, {sum:016x}; back {TOTAL} bytes, {sum:016x}");
+    assert!(output.contains(&said), "{said}: {output}");
+}
+
+#[test]
+fn a_guest_that_connects_where_nobody_listens_is_refused() {
+    require_bed!(nohz_full);
+    let folder = Folder::new();
+    let mut vm = Vm::serve_debian("vsock-send:78,poweroff", device(&folder.join("v.sock")));
+    vm.process
+        .wait_for("chronovisor guest: vsock-send 78: failed: Connection reset by peer");
+    assert_eq!(vm.process.wait().0.code(), Some(0));
+}
