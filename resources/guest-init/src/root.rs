@@ -40,12 +40,12 @@ impl<'a> Root<'a> {
                 .filter_map(|word| word.strip_prefix(key))
                 .next_back()
         };
-        let access = line.split_whitespace().filter(|word| matches!(*word, "ro" | "rw"));
+        let mut access = line.split_whitespace().filter(|word| matches!(*word, "ro" | "rw"));
         Some(Self {
             device: last("root=")?,
             kind: last("rootfstype=").unwrap_or("ext4"),
             // The kernel's own default.
-            read_only: access.last() != Some("rw"),
+            read_only: access.next_back() != Some("rw"),
             init: last("init=").unwrap_or("/sbin/init"),
         })
     }

@@ -113,9 +113,9 @@ fn connect(socket: &OwnedFd, port: u32) -> io::Result<()> {
 fn with_address(call: Call, socket: &OwnedFd, cid: u32, port: u32) -> io::Result<()> {
     // SAFETY: numbers and padding, of which all zeros is a value.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).expect("a family");
     (address.svm_cid, address.svm_port) = (cid, port);
-    let len = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+    let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>()).expect("16 bytes");
     // SAFETY: bind or connect, which read `len` bytes of the address.
     let done = unsafe { call(socket.as_raw_fd(), (&raw const address).cast(), len) };
     if done < 0 {

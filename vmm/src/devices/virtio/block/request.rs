@@ -98,7 +98,7 @@ impl<'m> Request<'m> {
 /// The byte of the file where `data` belongs, if all of it lies on the disk, in whole sectors.
 fn place(sector: u64, data: &Buffers<'_>, sectors: u64) -> Result<u64, u8> {
     let bytes = data.len() as u64;
-    let whole = bytes > 0 && bytes % SECTOR == 0 && data.slices().len() <= SEG_MAX as usize;
+    let whole = bytes > 0 && bytes.is_multiple_of(SECTOR) && data.slices().len() <= SEG_MAX as usize;
     match sector.checked_add(bytes / SECTOR) {
         Some(end) if whole && end <= sectors => Ok(sector * SECTOR),
         _ => Err(S_IOERR),

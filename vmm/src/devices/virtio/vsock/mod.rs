@@ -120,7 +120,7 @@ impl Vsock {
                 return queue.listen(memory);
             };
             let header = header_of(&mut chain)?;
-            self.mux.from_guest(&header, chain.readable, now);
+            self.mux.take(&header, chain.readable, now);
             queue.give_back(memory, chain.head, 0)?;
         }
         Ok(true)
@@ -144,13 +144,13 @@ impl Vsock {
             if chain.writable.is_empty() {
                 return Err(chain.error("has no room for a packet"));
             }
-            let Some(header) = self.mux.to_guest(&chain.writable, now) else {
+            let Some(header) = self.mux.give(&chain.writable, now) else {
                 queue.unpop();
                 return Ok(false);
             };
             place.write(&header.to_bytes());
             // A queue's length of packets has less than 4 GiB.
-            let len = header.len.saturating_add(HEADER_LEN as u32);
+            let len = header.len.saturating_add(u32::try_from(HEADER_LEN).unwrap_or(u32::MAX));
             queue.give_back(memory, chain.head, len)?;
         }
         Ok(true)

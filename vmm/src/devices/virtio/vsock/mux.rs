@@ -210,7 +210,7 @@ impl Mux {
     // ---- From the guest ------------------------------------------------------------------------------------------------------
 
     /// The guest sent a packet: `header`, and behind it `data`, all of the chain's.
-    pub fn from_guest(&mut self, header: &Header, mut data: Buffers<'_>, now: Instant) {
+    pub fn take(&mut self, header: &Header, mut data: Buffers<'_>, now: Instant) {
         count(&self.metrics.tx_packets_count, 1);
         // The guest is alone on its side: what is from or to others is nobody's, and is dropped, as vhost drops it.
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
@@ -310,7 +310,7 @@ impl Mux {
     // ---- To the guest --------------------------------------------------------------------------------------------------------
 
     /// The next packet for the guest: its header, its data in `room`. [`None`] if there is none; nothing was written then.
-    pub fn to_guest(&mut self, room: &Buffers<'_>, now: Instant) -> Option<Header> {
+    pub fn give(&mut self, room: &Buffers<'_>, now: Instant) -> Option<Header> {
         let header = self.resets.pop_front().or_else(|| self.speech(room, now))?;
         count(&self.metrics.rx_packets_count, 1);
         count(&self.metrics.rx_bytes_count, header.len.into());
@@ -643,7 +643,7 @@ fn io_error(error: VolatileMemoryError) -> io::Error {
 fn read_into(mut stream: &UnixStream, room: &Buffers<'_>, most: u32) -> io::Result<u32> {
     let mut read = 0;
     for slice in room.clone().take_front(most as usize).slices() {
-        let mut slice = slice.clone();
+        let mut slice = *slice;
         match stream.read_volatile(&mut slice).map_err(io_error) {
             Ok(len) => {
                 read += len;

@@ -264,7 +264,9 @@ fn is_closed(stream: &mut UnixStream) -> bool {
 
 /// Bytes that tell where they belong.
 fn pattern(from: usize, len: usize) -> Vec<u8> {
-    (from..from + len).map(|at| (at ^ at >> 8 ^ at >> 16) as u8).collect()
+    (from..from + len)
+        .map(|at| (at ^ at >> 8 ^ at >> 16).to_le_bytes()[0])
+        .collect()
 }
 
 const PORTS: Ports = Ports { host: 7, guest: 1234 };
