@@ -91,6 +91,14 @@ impl HostCpus {
 /// # Errors
 /// What `sched_setaffinity` says: `EINVAL` where none of them may be used.
 pub fn run_on(cpus: &CpuSet) -> io::Result<()> {
+    Ok(sched_setaffinity(None, &mask(cpus)?)?)
+}
+
+/// `cpus` as the system calls have it.
+///
+/// # Errors
+/// A number above the 1,024 of a `cpu_set_t`.
+pub fn mask(cpus: &CpuSet) -> io::Result<Mask> {
     let mut mask = Mask::new();
     for &cpu in cpus {
         let cpu = cpu as usize;
@@ -102,7 +110,7 @@ pub fn run_on(cpus: &CpuSet) -> io::Result<()> {
         }
         mask.set(cpu);
     }
-    Ok(sched_setaffinity(None, &mask)?)
+    Ok(mask)
 }
 
 fn affinity_of_this_thread() -> io::Result<CpuSet> {

@@ -155,7 +155,7 @@ pub struct Pending {
 }
 
 /// A closed interval, in nanoseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bounds {
     /// Not less than this.
     pub lower: u64,

@@ -71,12 +71,20 @@ impl Server {
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("api".to_owned()).spawn(move || {
             // Read before the first move: afterwards this thread's own affinity would be taken for the process's.
-            let host = HostCpus::read();
-            keep_off_vcpus(&host, &*backend);
-            let shared = Shared::new(backend.clone(), move || {
-                keep_off_vcpus(&host, &*backend);
-                started();
+            let host = Arc::new(HostCpus::read());
+            let keep_off = {
+                let backend = backend.clone();
+                move || keep_off_vcpus(&host, &*backend)
+            };
+            keep_off();
+            let shared = Shared::new(backend, {
+                let keep_off = keep_off.clone();
+                move || {
+                    keep_off();
+                    started();
+                }
             });
+            let shared = shared.when_moved(keep_off);
             runtime.block_on(accept(unix, tcp, routes::router(shared, limits), stopped));
             runtime.shutdown_background();
         })?;

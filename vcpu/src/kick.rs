@@ -105,6 +105,13 @@ impl Gate {
         state.want
     }
 
+    /// Does `what` while the thread is certain to be there, and so its id to be its own; `None` once it has ended. A thread
+    /// that has to look at the gate meanwhile waits: keep it short.
+    pub(crate) fn while_there<T>(&self, what: impl FnOnce() -> T) -> Option<T> {
+        let state = self.lock();
+        (!state.ended).then(what)
+    }
+
     /// On the vCPU thread, last: nobody waits for it any more.
     pub(crate) fn end(&self) {
         self.lock().ended = true;

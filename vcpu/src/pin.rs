@@ -163,7 +163,7 @@ pub fn choose(host: &HostCpus, pinning: &Pinning, vcpus: usize) -> Result<Choice
                 warnings: vec![],
             })
         }
-        Pinning::Auto => Ok(auto(host, vcpus)),
+        Pinning::Auto => Ok(auto(host, 0, vcpus)),
     }
 }
 
@@ -174,24 +174,40 @@ fn unpinned(vcpus: usize, warnings: Vec<Warning>) -> Choice {
     }
 }
 
+/// Chooses a host CPU for `vcpu` as [`Pinning::Auto`] does, none of `taken`; `None` where none is left. Beside it, what the
+/// user should know.
+#[must_use]
+pub fn choose_one(host: &HostCpus, taken: &BTreeSet<u32>, vcpu: u32) -> Option<(u32, Option<Warning>)> {
+    let mut left = host.clone();
+    left.allowed.retain(|cpu| !taken.contains(cpu));
+    let Choice { cpus, warnings } = auto(&left, vcpu, 1);
+    let cpu = cpus.into_iter().flatten().next()?;
+    Some((cpu, warnings.into_iter().next()))
+}
+
+/// Whether a vCPU can be pinned to `cpu`.
+///
+/// # Errors
+/// Why not.
+pub fn check_one(host: &HostCpus, cpu: u32) -> Result<(), PinError> {
+    if !host.present.contains(&cpu) {
+        let present = host.present.clone();
+        return Err(PinError::Absent { cpu, present });
+    }
+    if !host.online.contains(&cpu) {
+        return Err(PinError::Offline { cpu });
+    }
+    if !host.allowed.contains(&cpu) {
+        let allowed = host.allowed.clone();
+        return Err(PinError::NotAllowed { cpu, allowed });
+    }
+    Ok(())
+}
+
 fn check(host: &HostCpus, cpus: &[u32], vcpus: usize) -> Result<(), PinError> {
     let mut taken = BTreeSet::new();
     for &cpu in cpus {
-        if !host.present.contains(&cpu) {
-            return Err(PinError::Absent {
-                cpu,
-                present: host.present.clone(),
-            });
-        }
-        if !host.online.contains(&cpu) {
-            return Err(PinError::Offline { cpu });
-        }
-        if !host.allowed.contains(&cpu) {
-            return Err(PinError::NotAllowed {
-                cpu,
-                allowed: host.allowed.clone(),
-            });
-        }
+        check_one(host, cpu)?;
         if !taken.insert(cpu) {
             return Err(PinError::Twice { cpu });
         }
@@ -205,7 +221,8 @@ fn check(host: &HostCpus, cpus: &[u32], vcpus: usize) -> Result<(), PinError> {
     Ok(())
 }
 
-fn auto(host: &HostCpus, vcpus: usize) -> Choice {
+/// For `vcpus` vCPUs from number `first` on.
+fn auto(host: &HostCpus, first: u32, vcpus: usize) -> Choice {
     // The kernel leaves isolated CPUs out of every affinity; a CPU that is missing from ours for another reason was
     // taken from us on purpose, with taskset perhaps.
     let ours = |cpu: &u32| host.affinity.contains(cpu) || host.isolated.contains(cpu);
@@ -229,7 +246,7 @@ fn auto(host: &HostCpus, vcpus: usize) -> Choice {
             })
         }
     };
-    let warnings = (0..).zip(&usable).filter_map(warning).collect();
+    let warnings = (first..).zip(&usable).filter_map(warning).collect();
     Choice {
         cpus: usable.into_iter().map(Some).collect(),
         warnings,
@@ -297,6 +314,16 @@ mod tests {
         let [other, none] = [Some(1), None].map(line);
         assert!(other.ends_with("boot the host with nohz_full=1 isolcpus=1"), "{other}");
         assert!(none.ends_with("use fewer vCPUs, or a host with more CPUs"), "{none}");
+    }
+
+    #[test]
+    fn one_alone_is_given_the_best_of_what_the_others_leave() {
+        let one = |taken: &[u32]| choose_one(&host(), &taken.iter().copied().collect(), 7);
+        assert_eq!(one(&[]), Some((2, None)));
+        let (cpu, warning) = one(&[2, 3]).expect("CPU 5");
+        let line = warning.expect("its tick goes on").to_string();
+        assert!(cpu == 5 && line.starts_with("vCPU 7 is pinned to host CPU 5"), "{line}");
+        assert_eq!(one(&[0, 1, 2, 3, 4, 5]), None);
     }
 
     #[test]

@@ -5,10 +5,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
+use accounting::host::{CpuSet, mask, run_on};
 use accounting::vtime::{ExitReason, VtimeWriter};
 use accounting::{Account, Open};
 use kvm_ioctls::VcpuFd;
-use rustix::thread::{CpuSet, sched_setaffinity};
+use rustix::io::Errno;
+use rustix::process::Pid;
+use rustix::thread::sched_setaffinity;
 
 use crate::exit::{Next, handle};
 use crate::kick::{self, Gate, Want};
@@ -95,6 +98,34 @@ impl Vcpu {
         self.gate.want(Want::Run);
     }
 
+    /// Pins the thread to `cpu`, running or held, wherever it was. It is not taken out of the guest for it: the kernel
+    /// moves it, and this returns once it has left all other CPUs. Whoever reads its account waits meanwhile, and the next
+    /// reading is by what the CPU allows.
+    ///
+    /// # Errors
+    /// What `sched_setaffinity` says, and then it is where it was: `EINVAL` where the CPU cannot be had. `ESRCH` where the
+    /// vCPU has ended.
+    pub fn pin(&self, cpu: u32) -> io::Result<()> {
+        self.put(Some(cpu), &CpuSet::from([cpu]))
+    }
+
+    /// Leaves the thread to the scheduler, among `cpus`.
+    ///
+    /// # Errors
+    /// As [`Vcpu::pin`].
+    pub fn unpin(&self, cpus: &CpuSet) -> io::Result<()> {
+        self.put(None, cpus)
+    }
+
+    fn put(&self, pinned: Option<u32>, cpus: &CpuSet) -> io::Result<()> {
+        let mask = mask(cpus)?;
+        self.account.put(pinned, || {
+            let tid = Pid::from_raw(self.account.tid());
+            let put = self.gate.while_there(|| sched_setaffinity(tid, &mask));
+            Ok(put.unwrap_or(Err(Errno::SRCH))?)
+        })
+    }
+
     /// Ends its loop and joins the thread.
     pub fn stop(&mut self) {
         self.tell(Want::Stop);
@@ -127,7 +158,7 @@ fn open(config: VcpuConfig, fd: &VcpuFd) -> Result<(VtimeWriter, Arc<Account>), 
         gtime,
     } = config;
     if let Some(cpu) = pin {
-        pin_to(cpu).map_err(|source| VcpuError::Pin { index, cpu, source })?;
+        run_on(&CpuSet::from([cpu])).map_err(|source| VcpuError::Pin { index, cpu, source })?;
     }
     let prepare = |what| move |source| VcpuError::Prepare { index, what, source };
     signal::mask().map_err(prepare("set the signal mask"))?;
@@ -140,16 +171,6 @@ fn open(config: VcpuConfig, fd: &VcpuFd) -> Result<(VtimeWriter, Arc<Account>), 
         gtime,
     })
     .map_err(|source| VcpuError::Account { index, source })
-}
-
-fn pin_to(cpu: u32) -> io::Result<()> {
-    let cpu = cpu as usize;
-    if cpu >= CpuSet::MAX_CPU {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let mut set = CpuSet::new();
-    set.set(cpu);
-    Ok(sched_setaffinity(None, &set)?)
 }
 
 /// All that the thread owns.

@@ -6,6 +6,7 @@ use accounting::Account;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::affinity::{AffinityError, Place};
 use crate::boot::BootError;
 use crate::config::{
     Balloon, BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, ConfigError, Drive, DriveRefused,
@@ -98,6 +99,13 @@ pub enum Action {
     /// SIGTERM. Has the guest end itself, by Ctrl-Alt-Del; where there is no guest, or none that could hear it, ends the VM now,
     /// as [`Action::Stop`]. Always legal.
     ShutDown,
+    /// `PUT /vcpus/{index}/affinity`. After start.
+    PutAffinity {
+        /// The vCPU.
+        index: u32,
+        /// Where it is to be.
+        place: Place,
+    },
     /// End the VM now: vCPUs stopped, memory dropped. Always legal; the event loop ends with [`crate::End::Stopped`].
     Stop,
 }
@@ -199,6 +207,9 @@ pub enum ActionError {
     /// Ctrl-Alt-Del cannot be sent.
     #[error("cannot send Ctrl-Alt-Del: {0}")]
     Keys(#[from] KeysUnread),
+    /// A vCPU cannot be put there.
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
     /// The VMM has ended.
     #[error("the microVM has ended")]
     Ended,

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use accounting::Account;
 
 use crate::action::{Action, ActionError, Reply};
+use crate::affinity::{AffinityError, Place};
 use crate::boot::BootError;
 use crate::config::{BootSource, Drive, DriveUpdate, Logger, NetworkInterface, NetworkInterfaceUpdate};
 use crate::devices::i8042::KeysUnread;
@@ -75,6 +76,7 @@ pub(crate) struct FakeMachine {
     log: Log,
     deaf: bool,
     mem_size_mib: usize,
+    vcpus: usize,
     balloon: Option<Mutex<Balloon>>,
 }
 
@@ -109,6 +111,16 @@ impl Run for FakeMachine {
     }
     fn update_interface(&self, _update: &NetworkInterfaceUpdate) {
         log(&self.log).push("interface");
+    }
+    /// It has the vCPUs it was built with, and takes any place.
+    fn put(&self, index: u32, _place: Place) -> Result<Option<String>, AffinityError> {
+        log(&self.log).push("put");
+        let vcpus = self.vcpus;
+        if (index as usize) < vcpus {
+            Ok(None)
+        } else {
+            Err(AffinityError::NoVcpu { index, vcpus })
+        }
     }
     /// Its driver is always ready, as none of a real balloon without a guest is.
     fn update_balloon(&self, amount_mib: u32) -> Result<(), BalloonError> {
@@ -205,6 +217,7 @@ impl Builder for FakeBuilder {
             log: Arc::clone(&self.log),
             deaf: self.deaf,
             mem_size_mib: plan.machine.mem_size_mib,
+            vcpus: plan.machine.vcpu_count.into(),
             balloon: plan.devices.balloon.map(|config| {
                 let balloon = Balloon::new(&config).expect("there are descriptors for a timer");
                 Mutex::new(balloon)

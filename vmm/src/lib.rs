@@ -18,6 +18,7 @@
 
 pub mod acpi;
 pub mod action;
+pub mod affinity;
 pub mod attach;
 mod attached;
 pub mod boot;

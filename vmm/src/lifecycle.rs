@@ -216,6 +216,11 @@ impl<B: Builder> Lifecycle<B> {
             }
             Action::Start => return self.start(),
             Action::SendCtrlAltDel => self.machine()?.ctrl_alt_del()?,
+            Action::PutAffinity { index, place } => {
+                if let Some(warning) = self.machine()?.put(index, place)? {
+                    tracing::warn!("{warning}");
+                }
+            }
             Action::Pause => {
                 self.machine()?;
                 self.step(|state| match state {

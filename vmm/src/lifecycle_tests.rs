@@ -1,4 +1,5 @@
 use super::*;
+use crate::affinity::Place;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -124,6 +125,13 @@ fn every_action() -> Vec<(Action, [bool; 3])> {
         (Action::SendCtrlAltDel, AFTER),
         (Action::Pause, AFTER),
         (Action::Resume, AFTER),
+        (
+            Action::PutAffinity {
+                index: 0,
+                place: Place::Auto,
+            },
+            AFTER,
+        ),
         (Action::ShutDown, ALWAYS),
         (Action::Stop, ALWAYS),
     ]

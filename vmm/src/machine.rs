@@ -16,6 +16,7 @@ use vcpu::{Vcpu, VcpuConfig, VcpuError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::{self, AcpiError};
+use crate::affinity::{self, AffinityError, Place};
 use crate::attach::{self, AttachError, Attached};
 use crate::boot::{self, BootError};
 use crate::config::{BootSource, Devices, MachineConfig, Pinning, Serial};
@@ -140,6 +141,8 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     bus: Arc<Bus>,
     ring: Arc<OutputRing>,
+    /// Read before any thread was confined to some of them.
+    cpus: Arc<HostCpus>,
     attached: Attached,
     _vm: VmFd,
     _memory: Arc<GuestMemory>,
@@ -233,6 +236,7 @@ impl Machine {
             vcpus: spawned?,
             bus,
             ring: Arc::clone(&around.ring),
+            cpus: Arc::clone(cpus),
             attached,
             _vm: vm,
             _memory: memory,
@@ -257,6 +261,15 @@ impl Machine {
     #[must_use]
     pub fn attached(&self) -> &Attached {
         &self.attached
+    }
+
+    /// Puts vCPU `index` on `place`. Says what the user should know.
+    ///
+    /// # Errors
+    /// See [`AffinityError`].
+    pub fn put(&self, index: u32, place: Place) -> Result<Option<String>, AffinityError> {
+        let warning = affinity::put(&self.cpus, &self.vcpus, index, place)?;
+        Ok(warning.map(|warning| warning.to_string()))
     }
 
     /// Sets every vCPU running.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use accounting::Account;
 
+use crate::affinity::{AffinityError, Place};
 use crate::boot::BootError;
 use crate::config::{BootSource, Drive, DriveUpdate, Logger, NetworkInterface, NetworkInterfaceUpdate};
 use crate::console::Output;
@@ -29,6 +30,8 @@ pub trait Run {
     fn update_drive(&self, update: &DriveUpdate) -> Result<(), BlockError>;
     /// Changes an interface that it has.
     fn update_interface(&self, update: &NetworkInterfaceUpdate);
+    /// Puts a vCPU on a host CPU. Says what the user should know.
+    fn put(&self, index: u32, place: Place) -> Result<Option<String>, AffinityError>;
     /// Asks the guest for so many MiB.
     fn update_balloon(&self, amount_mib: u32) -> Result<(), BalloonError>;
     /// What the guest said of its memory last.
@@ -81,6 +84,9 @@ impl Run for Machine {
     }
     fn update_interface(&self, update: &NetworkInterfaceUpdate) {
         self.attached().update_interface(update);
+    }
+    fn put(&self, index: u32, place: Place) -> Result<Option<String>, AffinityError> {
+        Machine::put(self, index, place)
     }
     fn update_balloon(&self, amount_mib: u32) -> Result<(), BalloonError> {
         self.attached().update_balloon(amount_mib)

@@ -90,7 +90,7 @@ impl Explanation {
                 source,
                 gtime_ns: claim.map(|claim| claim.point_ns),
                 gtime_bounds_ns: claim.map(|claim| claim.bounds),
-                unavailable: claim.is_none().then(|| account.why_not(source, taken.vtime_void)),
+                unavailable: claim.is_none().then(|| account.why_not(source, taken)),
             }
         });
         Self {
@@ -103,10 +103,12 @@ impl Explanation {
 
 impl Account {
     /// Why `source` claims nothing.
-    fn why_not(&self, source: Source, vtime_void: bool) -> String {
-        match (source, self.pinned, &self.stamps) {
+    fn why_not(&self, source: Source, taken: &Taken) -> String {
+        match (source, taken.pinned, &self.stamps) {
             (Source::Vtime, None, _) => "the vCPU is not pinned to one host CPU".to_owned(),
-            (Source::Vtime, Some(cpu), _) if vtime_void => format!("the vCPU thread has been moved off CPU {cpu}"),
+            (Source::Vtime, Some(cpu), _) if taken.vtime_void => {
+                format!("the vCPU thread has been moved off CPU {cpu}")
+            }
             (Source::Vtime, Some(cpu), _) => format!("the host was not booted with nohz_full= naming CPU {cpu}"),
             (Source::Bpf, _, Err(why)) => why.to_string(),
             (Source::Bpf, ..) => "KVM's tracepoints have been silent so far".to_owned(),

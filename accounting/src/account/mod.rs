@@ -5,6 +5,7 @@
 
 mod explain;
 mod gtime;
+mod seat;
 mod stamped;
 mod take;
 
@@ -17,6 +18,7 @@ use rustix::param::clock_ticks_per_second;
 pub use explain::{Explained, Explanation, ProbeValues, SourceClaim};
 use gtime::{Bpf, Claims};
 pub use gtime::{Gtime, GtimeSource, UnknownSource};
+use seat::{Division, Placed, Seat};
 use stamped::{Bracket, Steering};
 use take::{Closed, Taken};
 
@@ -27,7 +29,7 @@ use crate::ledger::{self, Ledger};
 use crate::probe::bpf::Tracked;
 use crate::probe::{Depth, Probes, Raw};
 use crate::reading::{Bounds, ExitTotals, Exits, Histogram, Histograms, HostCpu, Pending, Reading, Source, VcpuState};
-use crate::split::Split;
+use crate::split::{Earlier, Split};
 use crate::vtime::{BUCKETS, ExitReason, VtimeReader, VtimeWriter, vtime};
 
 /// What [`Account::open`] needs to know.
@@ -65,13 +67,10 @@ pub struct Account {
     index: u32,
     tid: i32,
     vtime: VtimeReader,
-    pinned: Option<u32>,
     host: Arc<HostCpus>,
     gtime_source: GtimeSource,
     /// The thread's guest time by BPF's stamps, or why it has none.
     stamps: Result<Tracked, Arc<str>>,
-    /// Whether the thread is pinned to a CPU where the kernel accounts by stamps too.
-    vtime_cpu: bool,
     /// The first stamp.
     opened: Instant,
     /// What the probes said at the first stamp.
@@ -80,8 +79,7 @@ pub struct Account {
     stat_unit_ns: u64,
     /// The thread's own, for its last look: taken by [`Account::close`], and by nobody else.
     last_probes: Mutex<Option<Probes>>,
-    /// Where the thread was when it was pinned.
-    placed: Option<Placement>,
+    placed: Placed,
     /// The last instant, and what the probes said then, when the thread has ended.
     closed: OnceLock<Closed>,
     books: Mutex<Books>,
@@ -91,6 +89,7 @@ pub struct Account {
 #[derive(Debug)]
 struct Books {
     probes: Probes,
+    seat: Seat,
     /// What disturbs the thread; looked for at most once a second.
     watch: Watch,
     /// Of BPF's clock against the readings'.
@@ -128,11 +127,16 @@ impl Account {
         let kvm_stats = kvm_stats.map_err(|error| probe(("KVM statistics", error)))?;
         let mut probes = Probes::open(tid, open.kvm_stats).map_err(probe)?;
         let last_probes = Probes::open(tid, kvm_stats).map_err(probe)?;
-        let vtime_cpu = open.pinned.is_some_and(|cpu| open.host.is_nohz_full(cpu));
         let baseline = probes.read(Depth::Full).map_err(probe)?;
         let stamps = match &open.gtime.bpf {
             Bpf::Attached(meter) => meter.track(tid).map_err(|error| error.to_string().into()),
             Bpf::Absent(why) => Err(why.clone()),
+        };
+        let vtime_cpu = open.pinned.is_some_and(|cpu| open.host.is_nohz_full(cpu));
+        let seat = Seat {
+            pinned: open.pinned,
+            division: vtime_cpu.then(|| Division::of(&baseline, 0)),
+            earlier: Earlier::default(),
         };
         let watch = Watch::new(tid, open.pinned, Arc::clone(&open.host));
         let bracket = Bracket::now();
@@ -142,20 +146,19 @@ impl Account {
             index: open.index,
             tid,
             vtime: reader,
-            pinned: open.pinned,
             host: open.host,
             gtime_source: open.gtime.source,
             stamps,
-            vtime_cpu,
             opened,
             baseline,
             tick_ns: tick_ns(),
             stat_unit_ns: 1_000_000_000 / clock_ticks_per_second().max(1),
             last_probes: Mutex::new(Some(last_probes)),
-            placed: Placement::of(tid),
+            placed: Placed::new(open.pinned.filter(|_| vtime_cpu), Placement::of(tid)),
             closed: OnceLock::new(),
             books: Mutex::new(Books {
                 probes,
+                seat,
                 watch,
                 steering: Steering::since(bracket.lead()),
                 split: Split::default(),
@@ -180,11 +183,7 @@ impl Account {
         let mut probes = self.last_probes.lock().unwrap_or_else(PoisonError::into_inner).take();
         // The thread is here, so its clocks can be read; if not, it accrued nothing that anybody knows of.
         let raw = probes.as_mut().and_then(|probes| probes.read(Depth::Full).ok());
-        let left = |cpu| match (&self.placed, Placement::of(self.tid)) {
-            (Some(first), Some(now)) => now.left(cpu, first),
-            _ => false,
-        };
-        let moved = self.vtime_cpu && self.pinned.is_some_and(left);
+        let moved = self.placed.left(self.tid);
         let (bracket, stamps) = self.instant();
         let end = Closed {
             raw: raw.unwrap_or(self.baseline),
@@ -197,11 +196,23 @@ impl Account {
         writer.end(bracket.now.ticks);
     }
 
+    /// Linux thread id of the vCPU thread.
+    #[must_use]
+    pub fn tid(&self) -> i32 {
+        self.tid
+    }
+
+    /// The one host CPU that the thread is pinned to, if to one: as [`Account::open`] or [`Account::put`] was told last.
+    #[must_use]
+    pub fn pinned(&self) -> Option<u32> {
+        self.books().seat.pinned
+    }
+
     /// A reading, the running slice included. May be called from any thread of this process, at any rate.
     #[expect(clippy::missing_panics_doc, reason = "open() takes the first reading")]
     pub fn read(&self) -> Reading {
         let mut books = self.books();
-        let depth = if self.vtime_cpu { Depth::Utime } else { Depth::Lean };
+        let depth = books.seat.depth();
         self.refresh(&mut books, depth, |_| ());
         // Else the writer outran every try, or the thread died without closing: what was read last is of one instant
         // too, and as true as it was.
@@ -245,12 +256,15 @@ impl Account {
         if self.closed.get().is_some() {
             return Vec::new();
         }
-        let Ok(raw) = books.probes.read(Depth::Full) else {
-            return Vec::new();
-        };
-        let now_ns = clock::monotonic_raw_ns();
-        let seen = (books.watch).look_afresh(now_ns, raw.sched_ns, raw.stat.processor, raw.run_delay_ns);
-        seen.disturbances.clone()
+        self.look_afresh(&mut books);
+        books.watch.findings().disturbances.clone()
+    }
+
+    fn look_afresh(&self, books: &mut Books) {
+        if let Ok(raw) = books.probes.read(Depth::Full) {
+            let now_ns = clock::monotonic_raw_ns();
+            (books.watch).look_afresh(now_ns, raw.sched_ns, raw.stat.processor, raw.run_delay_ns);
+        }
     }
 
     /// A panic while the lock was held left books that are whole: each is changed by one call that does not panic.
@@ -331,10 +345,10 @@ impl Account {
     }
 
     fn host_cpu(&self, taken: &Taken) -> HostCpu {
-        let cpu = self.pinned.unwrap_or(taken.raw.stat.processor);
+        let cpu = taken.pinned.unwrap_or(taken.raw.stat.processor);
         HostCpu {
             cpu,
-            pinned: self.pinned.is_some(),
+            pinned: taken.pinned.is_some(),
             nohz_full: self.host.is_nohz_full(cpu),
             isolated: self.host.isolated.contains(&cpu),
             tick_stopped: taken.tick_stopped,

@@ -1,6 +1,7 @@
 //! One instant's figures: every probe, the stamps, and what each source claims of them. Nothing here is published, and
 //! nothing is kept, but for what one instant must know of another.
 
+use super::seat::Division;
 use super::stamped::{Bracket, stamped};
 use super::{Account, Books, Claims};
 use crate::clock::{Instant, Scale};
@@ -26,11 +27,15 @@ pub(super) struct Taken {
     /// From the first probe to the instant, in nanoseconds.
     pub(super) took_ns: u64,
     pub(super) raw: Raw,
+    /// The one CPU that the thread is pinned to, if to one.
+    pub(super) pinned: Option<u32>,
     pub(super) tick_stopped: Option<bool>,
     /// Whether the kernel's division of the thread's CPU time proves nothing any more.
     pub(super) vtime_void: bool,
     pub(super) snapshot: Snapshot,
     pub(super) scale: Scale,
+    /// Time on a CPU while paused, in nanoseconds.
+    pub(super) paused_cpu_ns: u64,
     pub(super) inputs: Inputs,
     pub(super) at: Presence,
     pub(super) claims: Claims,
@@ -62,7 +67,13 @@ impl Account {
         };
         let (tick_stopped, vtime_void) = (seen.tick_stopped, seen.vtime_void || moved);
         let scale = Scale::of(self.opened, bracket.now);
+        let seat = books.seat;
+        let paused_cpu_ns = paused_cpu_ns(&snapshot, &raw);
         let mut inputs = self.inputs(&snapshot, bracket.now, scale, &raw);
+        inputs.earlier = seat.earlier;
+        if let (Some(utime), Some(begun)) = (raw.utime, &seat.division) {
+            self.divide(&mut inputs, &raw, utime, begun, paused_cpu_ns);
+        }
         if vtime_void {
             inputs.utime = None;
         }
@@ -76,10 +87,12 @@ impl Account {
         Some(Taken {
             took_ns: scale.to_ns(bracket.now.ticks.saturating_sub(raw.begun_at)),
             raw,
+            pinned: seat.pinned,
             tick_stopped,
             vtime_void,
             snapshot,
             scale,
+            paused_cpu_ns,
             inputs,
             at,
             claims: [
@@ -111,21 +124,11 @@ impl Account {
         let slice = now.ticks.saturating_sub(snapshot.stamp);
         let running = |state| if snapshot.state == state { slice } else { 0 };
         let base = &self.baseline;
-        // What a pause cost the thread is not the guest's, nor the kernel's share of running it.
-        let this_pause = match snapshot.state {
-            State::Paused => raw.sched_ns.saturating_sub(snapshot.pause_began_cpu_ns),
-            State::Inactive | State::Vmm | State::Guest => 0,
-        };
-        let paused_cpu_ns = snapshot.paused_cpu_ns + this_pause;
+        let paused_cpu_ns = paused_cpu_ns(snapshot, raw);
         let kvm = |pick: fn(&KvmCounters) -> Option<u64>| {
             let value = |raw: &Raw| raw.kvm.as_ref().and_then(pick).unwrap_or(0);
             value(raw).saturating_sub(value(base))
         };
-        let base_utime = base.utime.unwrap_or_default();
-        let utime = raw.utime.filter(|_| self.vtime_cpu).map(|utime| Utime {
-            virt_ns: utime.virt_ns.saturating_sub(base_utime.virt_ns),
-            prof_ns: (utime.prof_ns.saturating_sub(base_utime.prof_ns)).saturating_sub(paused_cpu_ns),
-        });
         let sched_age_ns = scale.to_ns(now.ticks.saturating_sub(raw.sched_read_at));
         // At most: a thread that was asleep may have woken up since.
         let sched_now_ns = raw.sched_ns.saturating_add(sched_age_ns);
@@ -140,21 +143,39 @@ impl Account {
             on_cpu: raw.on_cpu,
             runnable: raw.stat.state == b'R',
             uninterruptible: raw.stat.state == b'D',
-            utime,
-            stat_guest_ns: (raw.stat.guest_time_clk.saturating_sub(base.stat.guest_time_clk))
-                .saturating_mul(self.stat_unit_ns),
             stat_unit_ns: self.stat_unit_ns,
-            // Where the thread had run a guest before, its baseline was rounded down too, and lacked a residue.
-            stat_baseline_ns: match base.stat.guest_time_clk {
-                0 => 0,
-                _ => self.stat_unit_ns + self.tick_ns,
-            },
             stat_age_ns: sched_now_ns.saturating_sub(raw.stat_sched_ns),
             run_delay_ns: raw.run_delay_ns.saturating_sub(base.run_delay_ns),
             halt_wait_ns: kvm(|k| k.halt_wait_ns),
             halt_poll_ns: kvm(|k| k.halt_poll_ns),
             age_ns: sched_now_ns.saturating_sub(raw.sched_before_ns),
             tick_ns: self.tick_ns,
+            ..Inputs::default()
         }
     }
+
+    /// What depends on where the thread is put: the kernel's division of its CPU time, since it was put there.
+    fn divide(&self, inputs: &mut Inputs, raw: &Raw, utime: Utime, begun: &Division, paused_cpu_ns: u64) {
+        let paused_since_ns = paused_cpu_ns.saturating_sub(begun.paused_cpu_ns);
+        inputs.utime = Some(Utime {
+            virt_ns: utime.virt_ns.saturating_sub(begun.utime.virt_ns),
+            prof_ns: (utime.prof_ns.saturating_sub(begun.utime.prof_ns)).saturating_sub(paused_since_ns),
+        });
+        inputs.stat_guest_ns =
+            (raw.stat.guest_time_clk.saturating_sub(begun.guest_time_clk)).saturating_mul(self.stat_unit_ns);
+        // Where the thread had run a guest before, the figure was rounded down then too, and lacked a residue.
+        inputs.stat_baseline_ns = match begun.guest_time_clk {
+            0 => 0,
+            _ => self.stat_unit_ns + self.tick_ns,
+        };
+    }
+}
+
+/// What pauses cost the thread in time on a CPU: not the guest's, nor the kernel's share of running it.
+fn paused_cpu_ns(snapshot: &Snapshot, raw: &Raw) -> u64 {
+    let this_pause = match snapshot.state {
+        State::Paused => raw.sched_ns.saturating_sub(snapshot.pause_began_cpu_ns),
+        State::Inactive | State::Vmm | State::Guest => 0,
+    };
+    snapshot.paused_cpu_ns + this_pause
 }

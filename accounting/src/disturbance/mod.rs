@@ -195,7 +195,9 @@ impl Disturbance {
             }
             Self::TickRuns { .. } => "the trace event timer:tick_stop tells what keeps it".to_owned(),
             Self::MovedAffinity { .. } => {
-                "leave the affinity of vCPU threads alone, and start the microVM again".to_owned()
+                "leave the affinity of vCPU threads alone; to put the vCPU on a CPU through the microVM's own API, or to start \
+                 the microVM again, puts it right"
+                    .to_owned()
             }
         }
     }

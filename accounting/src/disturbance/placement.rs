@@ -28,6 +28,16 @@ impl Placement {
         })
     }
 
+    /// The same, of a thread that was pinned while it was asleep on another CPU, if it was: it is moved once more, of its own
+    /// accord, when it wakes up.
+    #[must_use]
+    pub fn asleep(self, elsewhere: bool) -> Self {
+        Self {
+            migrations: self.migrations.map(|moves| moves + u64::from(elsewhere)),
+            ..self
+        }
+    }
+
     /// Whether the thread, which was `first` when it was pinned to `cpu`, may have run elsewhere since.
     #[must_use]
     pub fn left(&self, cpu: u32, first: &Self) -> bool {
@@ -53,6 +63,9 @@ mod tests {
         assert!(placement(&[0], Some(2)).left(1, &first));
         assert!(placement(&[0, 1], Some(2)).left(1, &first));
         assert!(placement(&[1], Some(4)).left(1, &first), "away and back");
+        let asleep = first.clone().asleep(true);
+        assert!(!placement(&[1], Some(3)).left(1, &asleep), "woken up where it was put");
+        assert!(placement(&[1], Some(5)).left(1, &asleep), "and away and back");
         let untold = placement(&[1], None);
         assert!(!untold.left(1, &untold));
     }

@@ -40,6 +40,8 @@ pub struct Watch {
     host: Arc<HostCpus>,
     task: PathBuf,
     tick: TickWatch,
+    /// The CPU that the thread was asleep on when it was pinned to another: where the kernel still has it until it wakes.
+    asleep_on: Option<u32>,
     last: Option<Look>,
     /// Stays for good: what was sampled stays sampled.
     moved: Option<Disturbance>,
@@ -67,9 +69,20 @@ impl Watch {
             host,
             task: format!("/proc/self/task/{tid}").into(),
             tick: TickWatch::new(tick_ns()),
+            asleep_on: None,
             last: None,
             moved: None,
             findings: Findings::default(),
+        }
+    }
+
+    /// A watch of a thread that has been moved to where it is pinned, if to one CPU, just now; asleep on the CPU `asleep_on`,
+    /// which it has not left, if it is.
+    #[must_use]
+    pub fn of_moved(tid: i32, pinned: Option<u32>, host: Arc<HostCpus>, asleep_on: Option<u32>) -> Self {
+        Self {
+            asleep_on,
+            ..Self::new(tid, pinned, host)
         }
     }
 
@@ -79,7 +92,11 @@ impl Watch {
     #[inline]
     pub fn look(&mut self, now_ns: u64, on_cpu_ns: u64, stat_processor: u32, run_delay_ns: u64) -> &Findings {
         if self.pinned.is_some_and(|cpu| cpu != stat_processor) {
-            self.moved(&[stat_processor].into());
+            if self.asleep_on != Some(stat_processor) {
+                self.moved(&[stat_processor].into());
+            }
+        } else {
+            self.asleep_on = None;
         }
         let due = |last: &Look| now_ns.saturating_sub(last.at_ns) >= EVERY_NS;
         if self.last.as_ref().is_none_or(due) {
@@ -97,6 +114,9 @@ impl Watch {
     /// [`Watch::look`], however short ago the last one was.
     #[inline(never)] // seldom called, and large: readings look once a second
     pub fn look_afresh(&mut self, now_ns: u64, on_cpu_ns: u64, stat_processor: u32, run_delay_ns: u64) -> &Findings {
+        if self.pinned == Some(stat_processor) {
+            self.asleep_on = None;
+        }
         let mut disturbances = of_task(&self.task);
         let status = fs::read(self.task.join("status"));
         let status = status.ok().and_then(|text| parse_status(&text).ok());
@@ -107,7 +127,9 @@ impl Watch {
                 run_delay_ns,
                 voluntary: status.voluntary,
                 involuntary: status.involuntary,
-                migrations: sched.ok().and_then(|text| parse_migrations(&text).ok()),
+                // It is moved once more, of its own accord, when it wakes up.
+                migrations: (sched.ok().and_then(|text| parse_migrations(&text).ok()))
+                    .map(|moves| moves + u64::from(self.asleep_on.is_some())),
             };
             let last = self.last.replace(look);
             if self.was_elsewhere(cpu, &status, last, look) {

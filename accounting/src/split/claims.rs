@@ -24,6 +24,8 @@
 //! *oncpu.* The kernel samples, so its division of CPU time proves nothing. Guest time is at most the on-CPU time
 //! inside `KVM_RUN`; that less halt-polling is the estimate. That none of it was the kernel's, handling exits, cannot
 //! be shown: the lower end is 0.
+//!
+//! Of a thread that was moved, both claim this of the time since, on top of what was known by then ([`super::Earlier`]).
 
 use super::{Inputs, Presence};
 use crate::reading::{Bounds, Source};
@@ -43,28 +45,25 @@ pub struct Claim {
 #[must_use]
 pub fn vtime(i: &Inputs, at: &Presence) -> Option<Claim> {
     let utime = i.utime?;
+    let earlier = &i.earlier.guest;
     let uppers = [
-        i.stat_guest_ns
+        (earlier.upper.saturating_add(i.stat_guest_ns))
             .saturating_add(i.stat_unit_ns.saturating_add(i.tick_ns))
             .saturating_add(i.stat_age_ns),
-        utime
-            .virt_ns
+        (earlier.upper.saturating_add(utime.virt_ns))
             .saturating_add(i.tick_ns.saturating_mul(2))
             .saturating_add(i.age_ns),
-        in_run(i, at),
-        at.on_cpu_ns.saturating_add(i.age_ns),
     ];
-    let upper = uppers.into_iter().fold(u64::MAX, u64::min);
+    let upper = uppers.into_iter().fold(most(i, at), u64::min);
     // True when it was read, and so true now.
-    let lower = i.stat_guest_ns.saturating_sub(i.stat_baseline_ns);
+    let lower = (earlier.lower).saturating_add(i.stat_guest_ns.saturating_sub(i.stat_baseline_ns));
     // Where two of the clocks contradict each other, one of them is wrong and there is no telling which: both are inside.
     let bounds = Bounds {
         lower: lower.min(upper),
         upper: upper.max(lower),
     };
     // What is not the kernel's, the VMM's wall time taken for its user time.
-    let kernel = utime.prof_ns.saturating_sub(utime.virt_ns);
-    let point = at.on_cpu_ns.saturating_sub(kernel).saturating_sub(i.vmm_ns);
+    let point = (at.on_cpu_ns.saturating_sub(i.kernel_ns(utime))).saturating_sub(i.vmm_ns);
     Some(Claim {
         source: Source::Vtime,
         point_ns: point.clamp(bounds.lower, bounds.upper),
@@ -75,19 +74,20 @@ pub fn vtime(i: &Inputs, at: &Presence) -> Option<Claim> {
 /// By the time on a CPU inside `KVM_RUN`.
 #[must_use]
 pub fn oncpu(i: &Inputs, at: &Presence) -> Claim {
-    // The VMM may have been off the CPU for any part of V: then more of the on-CPU time was inside KVM_RUN.
-    let upper = in_run(i, at).min(at.on_cpu_ns.saturating_add(i.age_ns));
+    let upper = most(i, at);
+    let lower = i.earlier.guest.lower.min(upper);
     let point = (at.on_cpu_ns - at.vmm_on_cpu_ns(i)).saturating_sub(i.halt_poll_ns);
     Claim {
         source: Source::Oncpu,
-        point_ns: point.min(upper),
-        bounds: Bounds { lower: 0, upper },
+        point_ns: point.clamp(lower, upper),
+        bounds: Bounds { lower, upper },
     }
 }
 
-/// Wall time inside `KVM_RUN`.
-fn in_run(i: &Inputs, at: &Presence) -> u64 {
-    at.active_ns.saturating_sub(i.vmm_ns)
+/// On a CPU inside `KVM_RUN`. The VMM may have been off the CPU for any part of V: then more of the on-CPU time was inside.
+fn most(i: &Inputs, at: &Presence) -> u64 {
+    let all = at.in_run_ns(i).min(at.on_cpu_ns.saturating_add(i.age_ns));
+    all.min(i.earlier.most(i, at))
 }
 
 #[cfg(test)]

@@ -19,12 +19,14 @@
 //! kernel's own division where that is exact to a few ticks, else by V, of which blocked time was not on a CPU.
 
 pub mod claims;
+mod earlier;
 
 use crate::probe::Utime;
 use crate::reading::{Mode, Modes, VcpuState};
 use crate::vtime::State;
 
 pub use claims::Claim;
+pub use earlier::Earlier;
 
 /// One instant's figures, all since the first stamp, all in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -69,6 +71,8 @@ pub struct Inputs {
     pub age_ns: u64,
     /// Length of the host's tick.
     pub tick_ns: u64,
+    /// Where the thread was moved: what was known by then. `utime` and `stat_guest_ns` are of the time since.
+    pub earlier: Earlier,
 }
 
 /// One instant's raw answer.
@@ -154,7 +158,21 @@ impl Split {
     }
 }
 
+impl Inputs {
+    /// The kernel's share by its own division.
+    fn kernel_ns(&self, utime: Utime) -> u64 {
+        let since = utime.prof_ns.saturating_sub(utime.virt_ns);
+        self.earlier.kernel_ns.saturating_add(since)
+    }
+}
+
 impl Presence {
+    /// Wall time inside `KVM_RUN`, in nanoseconds.
+    #[must_use]
+    pub fn in_run_ns(&self, i: &Inputs) -> u64 {
+        self.active_ns.saturating_sub(i.vmm_ns)
+    }
+
     /// An estimate of what of V was on a CPU, in nanoseconds. What was blocked was not; nor was the wait for a CPU that
     /// follows a sleep, as waits for a CPU do as a rule: so the waits are shared out as the sleeps are, between those in the VMM
     /// and those in `KVM_RUN`.
@@ -179,7 +197,7 @@ impl Presence {
         modes.guest_ns = guest_ns.min(self.on_cpu_ns);
         let host = self.on_cpu_ns - modes.guest_ns;
         modes.host_user_ns = match i.utime {
-            Some(Utime { virt_ns, prof_ns }) => host.saturating_sub(prof_ns.saturating_sub(virt_ns)),
+            Some(utime) => host.saturating_sub(i.kernel_ns(utime)),
             None => self.vmm_on_cpu_ns(i).min(host),
         };
         modes.host_kernel_ns = host - modes.host_user_ns;
@@ -343,6 +361,15 @@ pub(super) mod tests {
             halt_poll_ns: f[10],
             age_ns: f[11] >> 20,
             tick_ns: 4 * MS,
+            earlier: Earlier {
+                guest: Bounds {
+                    lower: f[11] >> 30,
+                    upper: f[11] >> 2,
+                },
+                kernel_ns: f[11] >> 10,
+                in_run_ns: f[5],
+                on_cpu_ns: f[6],
+            },
         })
     }
 

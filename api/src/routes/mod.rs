@@ -68,6 +68,7 @@ impl Default for Limits {
 pub struct Shared {
     backend: Arc<dyn Backend>,
     started: Arc<dyn Fn() + Send + Sync>,
+    moved: Arc<dyn Fn() + Send + Sync>,
     /// The host, once somebody has asked for it.
     host: Arc<OnceCell<Host>>,
     /// Held by whoever looks for disturbances, from the first look to the last.
@@ -80,8 +81,18 @@ impl Shared {
         Self {
             backend,
             started: Arc::new(started),
+            moved: Arc::new(|| {}),
             host: Arc::default(),
             looks: Arc::default(),
+        }
+    }
+
+    /// `moved` is called on the API's thread once a vCPU has been put on another host CPU.
+    #[must_use]
+    pub fn when_moved(self, moved: impl Fn() + Send + Sync + 'static) -> Self {
+        Self {
+            moved: Arc::new(moved),
+            ..self
         }
     }
 }
@@ -143,6 +154,7 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
         )
         .route("/vcpus", get(vcpus::list))
         .route("/vcpus/{index}/cputime", get(vcpus::cputime))
+        .route("/vcpus/{index}/affinity", get(vcpus::affinity).put(vcpus::put_affinity))
         .route("/vcpus/{index}/histograms", get(vcpus::histograms))
         .route("/host", get(host::get))
         .fallback(unknown)

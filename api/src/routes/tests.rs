@@ -120,6 +120,28 @@ async fn readings_are_answered_exactly_as_accounting_gives_them() {
 }
 
 #[tokio::test]
+async fn where_a_vcpu_is_can_be_asked_and_who_moves_it_is_told_of_it() {
+    assert_eq!(
+        request(Running, "GET", "/vcpus/0/affinity", "").await,
+        (200, json!({"cpu": "none"})),
+        "the fake's are not pinned"
+    );
+    let told = Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let moved = {
+        let told = told.clone();
+        move || {
+            told.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+    };
+    let shared = Shared::new(Arc::new(Fake::new(Running)), || {}).when_moved(moved);
+    let router = router(shared, Limits::default());
+    for body in [r#"{"cpu": 3}"#, r#"{"cpu": "three"}"#] {
+        request_of(&router, "PUT", "/vcpus/0/affinity", body).await;
+    }
+    assert_eq!(told.load(std::sync::atomic::Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
 async fn the_guests_start_over_the_api_is_told_once() {
     let told = Arc::new(std::sync::atomic::AtomicU32::new(0));
     let started = {

@@ -1,11 +1,15 @@
-//! `/vcpus`: where the vCPUs' time went. Read on this thread: neither the VMM thread nor any vCPU thread takes part.
+//! `/vcpus`: where the vCPUs' time went, read on this thread: neither the VMM thread nor any vCPU thread takes part. And
+//! where the vCPUs are, which the VMM thread changes.
 
+use axum::body::Bytes;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
 use serde::Deserialize;
+use vmm::Action;
+use vmm::affinity::{Affinity, Place};
 
-use super::{Fault, Shared, json};
+use super::{Fault, Shared, act, json, parse};
 
 /// A reading of each vCPU, in order; none before the start.
 pub(super) async fn list(State(shared): State<Shared>) -> Response {
@@ -56,6 +60,32 @@ pub(super) async fn histograms(
 ) -> Result<Response, Fault> {
     let number = number(&shared, index)?;
     Ok(json(&shared.backend.histograms(number)))
+}
+
+/// Where it is: pinned to a host CPU, or not.
+pub(super) async fn affinity(
+    State(shared): State<Shared>,
+    index: Result<Path<String>, PathRejection>,
+) -> Result<Response, Fault> {
+    let number = number(&shared, index)?;
+    let reading = shared.backend.read(number);
+    let pinned = reading.map(|reading| reading.host_cpu).filter(|host| host.pinned);
+    let cpu = pinned.map_or(Place::None, |host| Place::Cpu(host.cpu));
+    Ok(json(&Affinity { cpu }))
+}
+
+/// Puts it elsewhere. When this is answered it is there, and the next reading is by what that CPU allows.
+pub(super) async fn put_affinity(
+    State(shared): State<Shared>,
+    index: Result<Path<String>, PathRejection>,
+    body: Bytes,
+) -> Result<Response, Fault> {
+    let number = number(&shared, index)?;
+    let Affinity { cpu: place } = parse(&body)?;
+    let index = u32::try_from(number).map_err(|error| Fault::new(format!("Invalid vCPU index: {error}.")))?;
+    let response = act(&shared, Action::PutAffinity { index, place }).await?;
+    (shared.moved)();
+    Ok(response)
 }
 
 /// The vCPU that the path names: one that is there.

@@ -4,223 +4,16 @@
 //!
 //! A second kind of history has no truth behind it: clocks that step back, statistics that jump, counters that stay 0.
 
+mod life;
+mod moves;
+
 use accounting::ledger::{EXACT, EXACT_WITH_GUEST, Ledger};
 use accounting::probe::Utime;
 use accounting::reading::{Bounds, Modes, Source};
 use accounting::split::{Claim, Inputs, Presence, Split, claims};
 use accounting::vtime::State;
+use life::{ALL, Division, Guest, Host, Look, MS, Paused, STAT, TICK, Taken, US, any_length, any_life, any_look, take};
 use proptest::prelude::*;
-
-const US: u64 = 1_000;
-const MS: u64 = 1_000 * US;
-/// HZ=250.
-const TICK: u64 = 4 * MS;
-/// The unit of the stat file.
-const STAT: u64 = 10 * MS;
-
-/// What a vCPU thread can truly be doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Doing {
-    Guest,
-    /// Handling an exit in the kernel.
-    Kernel,
-    /// Polling for the end of a HLT.
-    Polling,
-    /// Asleep in HLT.
-    Halted,
-    /// Runnable inside `KVM_RUN`, off the CPU.
-    WaitingInRun,
-    Vmm,
-    /// A system call of the VMM.
-    SystemCall,
-    Blocked,
-    /// Runnable outside `KVM_RUN`, off the CPU.
-    WaitingInVmm,
-    Paused,
-}
-
-use Doing::{Blocked, Guest, Halted, Kernel, Paused, Polling, SystemCall, Vmm, WaitingInRun, WaitingInVmm};
-
-const ALL: [Doing; 10] = [
-    Guest,
-    Kernel,
-    Polling,
-    Halted,
-    WaitingInRun,
-    Vmm,
-    SystemCall,
-    Blocked,
-    WaitingInVmm,
-    Paused,
-];
-const USER: [Doing; 2] = [Guest, Vmm];
-const ON_CPU: [Doing; 5] = [Guest, Kernel, Polling, Vmm, SystemCall];
-const RUNNABLE: [Doing; 7] = [Guest, Kernel, Polling, Vmm, SystemCall, WaitingInRun, WaitingInVmm];
-const IN_VMM: [Doing; 4] = [Vmm, SystemCall, Blocked, WaitingInVmm];
-
-/// A true life: what was done, for how long, in nanoseconds.
-#[derive(Clone, Debug)]
-struct Life(Vec<(Doing, u64)>);
-
-impl Life {
-    fn length(&self) -> u64 {
-        self.0.iter().map(|(_, length)| length).sum()
-    }
-
-    /// Each part, with its beginning and end.
-    fn parts(&self) -> impl Iterator<Item = (Doing, u64, u64)> {
-        self.0.iter().scan(0, |at, &(doing, length)| {
-            let begun = *at;
-            *at += length;
-            Some((doing, begun, *at))
-        })
-    }
-
-    /// Time spent doing any of `what` until `t`.
-    fn until(&self, t: u64, what: &[Doing]) -> u64 {
-        let of_part = |(doing, begun, end): (Doing, u64, u64)| match what.contains(&doing) {
-            true => end.min(t).saturating_sub(begun),
-            false => 0,
-        };
-        self.parts().map(of_part).sum()
-    }
-
-    /// As [`Life::until`], but a part counts only once it has ended, as the kernel's waits do.
-    fn ended_until(&self, t: u64, what: &[Doing]) -> u64 {
-        let ended = self.parts().filter(|(doing, _, end)| what.contains(doing) && *end <= t);
-        ended.map(|(_, begun, end)| end - begun).sum()
-    }
-
-    /// KVM's halt_wait: it ends when the vCPU runs again, the wait for a CPU after the wake-up included.
-    fn halt_wait_until(&self, t: u64) -> u64 {
-        let parts: Vec<_> = self.parts().collect();
-        let halts = parts.iter().enumerate().filter(|(_, (doing, ..))| *doing == Halted);
-        halts
-            .map(|(i, &(_, begun, end))| match parts.get(i + 1) {
-                Some(&(WaitingInRun, _, end)) => (begun, end),
-                _ => (begun, end),
-            })
-            .filter(|&(_, end)| end <= t)
-            .map(|(begun, end)| end - begun)
-            .sum()
-    }
-
-    /// What is done at `t`, and since when vtime has been in the state it is in.
-    fn at(&self, t: u64) -> (Doing, u64) {
-        let mut since = 0;
-        let mut last = Paused;
-        for (doing, begun, end) in self.parts() {
-            if state(doing) != state(last) {
-                since = begun;
-            }
-            last = doing;
-            if t < end {
-                break;
-            }
-        }
-        (last, since)
-    }
-}
-
-fn state(doing: Doing) -> State {
-    match doing {
-        Guest | Kernel | Polling | Halted | WaitingInRun => State::Guest,
-        Vmm | SystemCall | Blocked | WaitingInVmm => State::Vmm,
-        Paused => State::Paused,
-    }
-}
-
-/// How one reading is made.
-#[derive(Clone, Debug)]
-struct Look {
-    /// When, as a part of the life's length in 2^32.
-    at: u32,
-    /// How long before the next each probe is read: SCHED, stat, schedstat, KVM's, PROF, VIRT, SCHED.
-    gaps: [u64; 7],
-    /// What the reads of VIRT, PROF and the stat file leave out.
-    residues: [u64; 3],
-    /// Of a host that samples: what VIRT, PROF and the stat file say, which may be anything.
-    sampled: [u64; 3],
-}
-
-/// What is the same for all readings of a life.
-#[derive(Clone, Debug)]
-struct Host {
-    source: Source,
-    /// What the baselines of VIRT and PROF left out.
-    baseline_residues: [u64; 2],
-    /// Whether run_delay, halt_wait and halt_poll are counted here.
-    counts: [bool; 3],
-}
-
-/// What one reading is made from.
-#[derive(Clone, Copy, Debug)]
-struct Taken {
-    inputs: Inputs,
-    /// What source `bpf` says: guest time as stamped some time before the instant, during which more may have passed.
-    stamped: Bounds,
-}
-
-fn take(life: &Life, host: &Host, look: &Look) -> Taken {
-    let mut t = u64::try_from((u128::from(life.length()) * u128::from(look.at)) >> 32).expect("shorter than the life");
-    let now = t;
-    // From the last probe to the first.
-    let mut read_at = look.gaps;
-    for read_at in read_at.iter_mut().rev() {
-        t = t.saturating_sub(*read_at);
-        *read_at = t;
-    }
-    let [begun, stat_at, schedstat_at, kvm_at, prof_at, virt_at, sched_at] = read_at;
-
-    let clock = |t, what: &[Doing], residue: u64, baseline_residue: u64| {
-        (life.until(t, what) + baseline_residue).saturating_sub(residue)
-    };
-    let [virt_residue, prof_residue, stat_residue] = look.residues;
-    let [virt_ns, prof_ns, stat_guest_ns] = match host.source {
-        Source::Vtime => [
-            clock(virt_at, &USER, virt_residue, host.baseline_residues[0]),
-            clock(prof_at, &ON_CPU, prof_residue, host.baseline_residues[1]),
-            // A vCPU thread's guest time is 0 at its first stamp, so its baseline leaves nothing out.
-            clock(stat_at, &[Guest], stat_residue, 0) / STAT * STAT,
-        ],
-        Source::Bpf | Source::Oncpu => look.sampled,
-    };
-    let utime = (host.source == Source::Vtime).then_some(Utime { virt_ns, prof_ns });
-    let (doing, since) = life.at(now);
-    let counted = |i: usize, figure| if host.counts[i] { figure } else { 0 };
-    // As an account has it: the thread may have been on a CPU ever since SCHED was read.
-    let on_cpu_since = |t| life.until(sched_at, &ON_CPU) + (now - sched_at) - life.until(t, &ON_CPU);
-    let stamped = life.until(sched_at, &[Guest]);
-    let inputs = Inputs {
-        elapsed_ns: now,
-        paused_ns: life.until(now, &[Paused]),
-        vmm_ns: life.until(now, &IN_VMM),
-        state: state(doing),
-        slice_ns: now - since,
-        sched_ns: life.until(sched_at, &ON_CPU),
-        sched_age_ns: now - sched_at,
-        on_cpu: life.until(sched_at, &ON_CPU) > life.until(begun, &ON_CPU),
-        runnable: RUNNABLE.contains(&life.at(stat_at).0),
-        uninterruptible: false,
-        utime,
-        stat_guest_ns,
-        stat_unit_ns: STAT,
-        stat_baseline_ns: 0,
-        stat_age_ns: on_cpu_since(stat_at),
-        run_delay_ns: counted(0, life.ended_until(schedstat_at, &[WaitingInRun, WaitingInVmm])),
-        halt_wait_ns: counted(1, life.halt_wait_until(kvm_at)),
-        halt_poll_ns: counted(2, life.ended_until(kvm_at, &[Polling])),
-        age_ns: on_cpu_since(begun),
-        tick_ns: TICK,
-    };
-    Taken {
-        inputs,
-        stamped: Bounds {
-            lower: stamped,
-            upper: stamped + (now - sched_at),
-        },
-    }
-}
 
 /// What was published, and what was not to step back since.
 #[derive(Clone, Copy, Debug, Default)]
@@ -293,32 +86,6 @@ fn publish(
         modes,
         bounds: Some(bounds),
     })
-}
-
-fn any_length() -> impl Strategy<Value = u64> {
-    prop_oneof![1..100 * US, 1..20 * MS, 1..300 * MS]
-}
-
-fn any_life() -> impl Strategy<Value = Life> {
-    let doing = proptest::sample::select(&ALL[..]);
-    proptest::collection::vec((doing, any_length()), 1..40).prop_map(Life)
-}
-
-fn any_look() -> impl Strategy<Value = Look> {
-    let gap = prop_oneof![4 => 0..2 * US, 1 => 0..3 * MS];
-    (
-        any::<u32>(),
-        proptest::array::uniform7(gap),
-        // Less than a tick of each of guest, user and kernel time is not yet flushed: see the table of probes.
-        (0..2 * TICK, 0..3 * TICK, 0..TICK),
-        proptest::array::uniform3(0u64..1 << 40),
-    )
-        .prop_map(|(at, gaps, (virt, prof, stat), sampled)| Look {
-            at,
-            gaps,
-            residues: [virt, prof, stat],
-            sampled,
-        })
 }
 
 fn any_source() -> impl Strategy<Value = Source> {
@@ -450,6 +217,10 @@ fn any_garbage() -> impl Strategy<Value = Taken> {
             lower: f[13].min(f[14]),
             upper: f[13].max(f[14]),
         };
-        Taken { inputs, stamped }
+        Taken {
+            inputs,
+            stamped,
+            division: Division::default(),
+        }
     })
 }
