@@ -194,7 +194,7 @@ fn run_probe(kvm: &Kvm, gtime: Gtime) -> Result<Probed, StartError> {
         written.map_err(|e| host("write the probe guest")(std::io::Error::other(e)))?;
     }
 
-    let vm = kvm::create_vm(kvm, &memory)?;
+    let vm = kvm::create_vm(kvm, &memory, false)?;
     let fd = vm.create_vcpu(0).map_err(refused("create a vCPU"))?;
     setup::apply(&fd, &supported, Topology { vcpus: 1, smt: false }, 0)?;
     regs::set(&fd, entry).map_err(refused("set registers"))?;

@@ -2,7 +2,9 @@
 
 use std::io;
 
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use crate::layout;
@@ -88,11 +90,11 @@ fn open_error(errno: i32) -> KvmError {
     }
 }
 
-/// A VM with `memory`, interrupt controllers and a timer.
+/// A VM with `memory`, interrupt controllers and a timer; it logs writes to memory if `log_dirty` says so.
 ///
 /// # Errors
 /// The call that KVM refused.
-pub fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd, CallError> {
+pub fn create_vm(kvm: &Kvm, memory: &GuestMemory, log_dirty: bool) -> Result<VmFd, CallError> {
     let vm = kvm.create_vm().map_err(refused("create a VM"))?;
     vm.set_identity_map_address(layout::IDENTITY_MAP)
         .map_err(refused("set the identity map's address"))?;
@@ -109,7 +111,7 @@ pub fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd, CallError> {
     for (slot, (guest_phys_addr, memory_size, userspace_addr)) in (0..).zip(memory.slots()) {
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             guest_phys_addr,
             memory_size,
             userspace_addr,

@@ -174,7 +174,7 @@ impl Machine {
             check_backend(&kvm, &plan.boot)?;
         }
 
-        let vm = kvm::create_vm(&kvm, &memory)?;
+        let vm = kvm::create_vm(&kvm, &memory, plan.machine.track_dirty_pages)?;
         let eventfd = failed("make an eventfd");
         let bus = Arc::new(Bus {
             serial: Arc::clone(&around.serial),

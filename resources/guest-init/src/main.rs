@@ -88,6 +88,7 @@ fn run(step: Step, cpus: usize) {
         ),
         Step::Touch(mib) => memory::touch(mib),
         Step::Balloon => say(step, memory::load_balloon().map(|()| "loaded".to_owned())),
+        Step::Topology => topology(cpus),
         Step::PowerOff => end("poweroff", RebootCommand::PowerOff),
         Step::Reboot => end("reboot", RebootCommand::Restart),
         Step::Shell => shell(),
@@ -114,6 +115,15 @@ fn spin(time: Duration, cpus: usize) {
         }
         spin();
     });
+}
+
+/// Tells which CPUs the kernel takes for threads of one core.
+fn topology(cpus: usize) {
+    for cpu in 0..cpus {
+        let file = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+        let siblings = fs::read_to_string(&file).unwrap_or_else(|error| format!("{file}: {error}"));
+        println!("cpu{cpu} shares its core with {}", siblings.trim());
+    }
 }
 
 /// A shell on the console, as the leader of a session that has the console as its terminal: so Ctrl-C reaches what it runs.

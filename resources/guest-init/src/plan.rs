@@ -11,6 +11,7 @@
 //! | `balloon` | loads the balloon's driver |
 //! | `vsock-echo:PORT` | takes one connection of the host's and sends back what comes |
 //! | `vsock-send:PORT` | connects to the host, sends 4 MiB, and reads what comes back |
+//! | `topology` | tells each CPU's siblings, as `/sys` has them: `cpu1 shares its core with 0-1` |
 //! | `repeat:N` | does what stands before it N times in all |
 //! | `forever` | does what stands before it again and again |
 //! | `shell` | a shell on the console, until it ends |
@@ -33,6 +34,7 @@ pub enum Step {
     Hwrng(usize),
     Touch(usize),
     Balloon,
+    Topology,
     PowerOff,
     Reboot,
     Shell,
@@ -51,6 +53,7 @@ impl fmt::Display for Step {
             Self::Hwrng(bytes) => write!(f, "hwrng {bytes} bytes"),
             Self::Touch(mib) => write!(f, "touch {mib} MiB"),
             Self::Balloon => f.write_str("balloon"),
+            Self::Topology => f.write_str("topology"),
             Self::PowerOff => f.write_str("poweroff"),
             Self::Reboot => f.write_str("reboot"),
             Self::Shell => f.write_str("shell"),
@@ -126,6 +129,7 @@ impl Plan {
                 "hwrng" => steps.push(Step::Hwrng(count("BYTES")?)),
                 "touch" => steps.push(Step::Touch(count("MIB")?)),
                 "balloon" => steps.push(Step::Balloon),
+                "topology" => steps.push(Step::Topology),
                 "poweroff" => steps.push(Step::PowerOff),
                 "reboot" => steps.push(Step::Reboot),
                 "shell" => steps.push(Step::Shell),
@@ -169,8 +173,11 @@ mod tests {
 
     #[test]
     fn steps_are_done_in_order() {
-        let line = "console=ttyS0 chronovisor.do=spin:20,sleep:30,poweroff quiet\n";
-        assert_eq!(steps(line), [Step::Spin(ms(20)), Step::Sleep(ms(30)), Step::PowerOff]);
+        let line = "console=ttyS0 chronovisor.do=spin:20,sleep:30,topology,poweroff quiet\n";
+        assert_eq!(
+            steps(line),
+            [Step::Spin(ms(20)), Step::Sleep(ms(30)), Step::Topology, Step::PowerOff]
+        );
     }
 
     #[test]

@@ -46,7 +46,7 @@ fn main() -> Result<()> {
     regs::write_tables(memory.view(), entry)?;
 
     let kvm = Kvm::new().context("open /dev/kvm")?;
-    let vm = vmm::kvm::create_vm(&kvm, &memory)?;
+    let vm = vmm::kvm::create_vm(&kvm, &memory, false)?;
     let interrupt = EventFd::new(libc::EFD_NONBLOCK)?;
     vm.register_irqfd(&interrupt, COM1_IRQ)?;
     let mut serial = Serial::new(Interrupt(interrupt), stdout());

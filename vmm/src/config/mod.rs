@@ -32,10 +32,10 @@ pub struct MachineConfig {
     pub vcpu_count: u8,
     /// Guest memory, in MiB.
     pub mem_size_mib: usize,
-    /// Whether vCPUs are presented as hardware threads of shared cores.
+    /// Whether vCPUs 2n and 2n+1 are presented as hardware threads of one core.
     #[serde(default)]
     pub smt: bool,
-    /// Whether KVM logs dirty pages.
+    /// Whether KVM logs which pages of guest memory are written to.
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// Huge pages behind guest memory.
@@ -82,9 +82,6 @@ pub enum ConfigError {
     /// Pages of 2 MiB cannot be given back one by one. Firecracker's words.
     #[error("Firecracker's huge pages support is incompatible with memory ballooning.")]
     BalloonAndHugePages,
-    /// A field whose only value is its default.
-    #[error("{0} is not supported yet: leave it out or set it to false")]
-    Unsupported(&'static str),
     /// A template of Firecracker's.
     #[error("cpu_template {0:?} is not supported yet: leave it out or set it to \"None\"")]
     CpuTemplate(CpuTemplate),
@@ -99,6 +96,9 @@ impl MachineConfig {
         if self.vcpu_count == 0 || self.vcpu_count > MAX_VCPUS {
             return Err(ConfigError::VcpuCount(self.vcpu_count));
         }
+        if self.smt && self.vcpu_count > 1 && self.vcpu_count % 2 == 1 {
+            return Err(ConfigError::VcpuCount(self.vcpu_count));
+        }
         let granule = if self.huge_pages == HugePages::Hugetlbfs2M {
             2
         } else {
@@ -106,12 +106,6 @@ impl MachineConfig {
         };
         if self.mem_size_mib == 0 || !self.mem_size_mib.is_multiple_of(granule) {
             return Err(ConfigError::MemSize(self.mem_size_mib));
-        }
-        if self.smt {
-            return Err(ConfigError::Unsupported("smt"));
-        }
-        if self.track_dirty_pages {
-            return Err(ConfigError::Unsupported("track_dirty_pages"));
         }
         if !self.cpu_template.is_none() {
             return Err(ConfigError::CpuTemplate(self.cpu_template));
@@ -244,12 +238,31 @@ mod tests {
             };
             assert_eq!(config.check(), Err(ConfigError::MemSize(mem_size_mib)));
         }
-        assert!(refusal(|c| c.smt = true).starts_with("smt is not supported yet"));
-        assert!(refusal(|c| c.track_dirty_pages = true).starts_with("track_dirty_pages is not supported yet"));
+        for vcpu_count in [3, 31] {
+            let config = MachineConfig {
+                vcpu_count,
+                smt: true,
+                ..MachineConfig::default()
+            };
+            assert_eq!(config.check(), Err(ConfigError::VcpuCount(vcpu_count)));
+        }
         assert_eq!(
             refusal(|c| c.cpu_template = CpuTemplate::T2CL),
             "cpu_template T2CL is not supported yet: leave it out or set it to \"None\""
         );
+    }
+
+    #[test]
+    fn whole_cores_and_a_lone_vcpu_may_have_smt() {
+        for vcpu_count in [1, 2, 32] {
+            let config = MachineConfig {
+                vcpu_count,
+                smt: true,
+                track_dirty_pages: true,
+                ..MachineConfig::default()
+            };
+            assert_eq!(config.check(), Ok(()), "{vcpu_count}");
+        }
     }
 
     #[test]
