@@ -94,6 +94,9 @@ pub fn of_vcpu(supported: &[kvm_cpuid_entry2], topology: Topology, index: u32) -
         .copied()
         .collect();
     let amd = find(&mut leaves, 0).is_some_and(|leaf| amd::VENDORS.contains(&[leaf.ebx, leaf.edx, leaf.ecx]));
+    if amd && topology.threads_per_core() > 1 {
+        amd::extend(&mut leaves);
+    }
     for leaf in &mut leaves {
         match leaf.function {
             1 => leaf1::rewrite(leaf, topology, index),
@@ -216,7 +219,7 @@ mod leaf_b {
 
 /// AMD's own leaves.
 mod amd {
-    use super::{Topology, kvm_cpuid_entry2, put};
+    use super::{Topology, find, kvm_cpuid_entry2, put};
 
     /// EBX, EDX, ECX of leaf 0: "AuthenticAMD", "HygonGenuine".
     pub(super) const VENDORS: [[u32; 3]; 2] = [
@@ -227,6 +230,25 @@ mod amd {
     pub(super) const ECX_NEEDS_XSAVE: u32 = 1 << 11 | 1 << 16;
     /// The processors that leaf 1 counts are cores. Without it Linux takes them for threads of one core.
     const ECX_CMP_LEGACY: u32 = 1 << 1;
+    /// Leaves 0x8000001d and 0x8000001e are there. Linux looks for threads of a core on no AMD processor without it.
+    const ECX_TOPOEXT: u32 = 1 << 22;
+    const IDS: u32 = 0x8000_001e;
+
+    /// Makes room for [`rewrite_ids`], which older processors, and some emulated ones, have no leaf for.
+    pub(super) fn extend(leaves: &mut Vec<kvm_cpuid_entry2>) {
+        if find(leaves, IDS).is_none() {
+            leaves.push(kvm_cpuid_entry2 {
+                function: IDS,
+                ..Default::default()
+            });
+        }
+        if let Some(highest) = find(leaves, 0x8000_0000) {
+            highest.eax = highest.eax.max(IDS);
+        }
+        if let Some(features) = find(leaves, 0x8000_0001) {
+            features.ecx |= ECX_TOPOEXT;
+        }
+    }
 
     pub(super) fn rewrite_features(leaf: &mut kvm_cpuid_entry2, topology: Topology) {
         leaf.ecx &= !ECX_CMP_LEGACY;
@@ -337,6 +359,25 @@ mod tests {
             1 << 8 | 1,
             "second core, two threads each"
         );
+    }
+
+    #[test]
+    fn amd_has_the_leaf_that_tells_threads_of_a_core_where_there_are_any() {
+        let [ebx, edx, ecx] = AMD;
+        let old = [
+            leaf(0, 0, [0xd, ebx, ecx, edx]),
+            leaf(0x8000_0000, 0, [0x8000_000a, 0, 0, 0]),
+            leaf(0x8000_0001, 0, [0; 4]),
+        ];
+        for (smt, highest, ids) in [(true, 0x8000_001e, Some(1 << 8 | 1)), (false, 0x8000_000a, None)] {
+            let mut leaves = of_vcpu(&old, Topology { vcpus: 4, smt }, 2);
+            assert_eq!(find(&mut leaves, 0x8000_0000).map(|leaf| leaf.eax), Some(highest));
+            assert_eq!(
+                find(&mut leaves, 0x8000_0001).map(|leaf| leaf.ecx >> 22 & 1),
+                Some(smt.into())
+            );
+            assert_eq!(find(&mut leaves, 0x8000_001e).map(|leaf| leaf.ebx), ids);
+        }
     }
 
     #[test]
