@@ -152,7 +152,7 @@ fn what_cannot_be_had_is_refused_in_words_and_the_vcpu_stays_put() {
         (2, "0", "There is no vCPU \"2\": this microVM has 2, numbered 0 to 1."),
     ] {
         let answer = put(&vm, index, place);
-        assert_eq!((answer.status, &*answer.fault()), (400, says));
+        assert_eq!((answer.status, answer.fault()), (400, says));
     }
     let cpus = |vm: &mut Vm| vm.readings().iter().map(|r| r.host_cpu.cpu).collect::<Vec<_>>();
     assert_eq!(cpus(&mut vm), [1, 2]);
