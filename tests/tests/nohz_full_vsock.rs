@@ -91,3 +91,18 @@ fn a_guest_that_connects_where_nobody_listens_is_refused() {
         .wait_for("chronovisor guest: vsock-send 78: failed: Connection reset by peer");
     assert_eq!(vm.process.wait().0.code(), Some(0));
 }
+
+#[test]
+fn a_path_that_is_taken_stops_the_start_and_stays() {
+    require_bed!(nohz_full);
+    let folder = Folder::new();
+    let socket = folder.write("v.sock", "precious");
+    let mut config = device(&socket);
+    config["boot-source"] = json!({ "kernel_image_path": tests::bed::file("vmlinux") });
+    let file = folder.write("config.json", config.to_string());
+    let arguments = ["--no-api".as_ref(), "--config-file".as_ref(), file.as_os_str()];
+    let (status, _, said) = tests::vm::Process::chronovisor(arguments).wait();
+    assert!(!status.success());
+    assert!(said.contains("v.sock: this file exists and is not a socket"), "{said}");
+    assert_eq!(std::fs::read_to_string(&socket).expect("it is there"), "precious");
+}

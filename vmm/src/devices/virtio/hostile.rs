@@ -35,7 +35,7 @@ const REST: usize = 5 * (256 / 4 + 1);
 
 /// Numbers that depend on the seed only: splitmix64 (Steele, Lea and Flood, 2014).
 #[derive(Clone, Debug)]
-struct Dice(u64);
+pub struct Dice(pub u64);
 
 impl Dice {
     fn roll(&mut self) -> u64 {
@@ -46,7 +46,7 @@ impl Dice {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, end: u64) -> u64 {
+    pub fn below(&mut self, end: u64) -> u64 {
         self.roll() % end
     }
 
@@ -55,7 +55,7 @@ impl Dice {
         self.below(n) == 0
     }
 
-    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         // A place in a slice.
         of[usize::try_from(self.below(of.len() as u64)).unwrap()]
     }

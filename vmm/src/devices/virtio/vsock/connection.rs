@@ -1,20 +1,20 @@
-//! One connection, as it stands between the guest's socket and the host's: what has been said, what is due, who may still
-//! send. It does no I/O; `mux.rs` tells it what happened, and asks it what to do.
+//! One connection, as it stands between the guest's socket and the host's: what has been said, what is due, who may
+//! still send. It does no I/O; `mux.rs` tells it what happened, and asks it what to do.
 //!
 //! ```text
 //!  by the host:   Requested ── RESPONSE ──► Established      by the guest:   Established, a RESPONSE is due
 //!                                               │
-//!  Established:  guest's SHUTDOWN, by direction ┤   sending: the host's end sees an end of file once all before it is taken
+//!  Established:  guest's SHUTDOWN, by direction ┤   sending: the host's end sees it, behind all that came before
 //!                                               │   receiving: the host's end cannot write any more
 //!                host's end of file ────────────┤   SHUTDOWN, sending: the guest may go on
 //!                host's end closed ─────────────┤   SHUTDOWN, both: the guest resets, or is reset after a while
 //!                                               ▼
-//!                over: by the guest's SHUTDOWN of both (answered by a RST), a RST of either's, or a broken rule (a RST)
+//!                over: by the guest's SHUTDOWN of both (answered by a RST), a RST, or a broken rule (a RST)
 //! ```
 //!
-//! Flow control is by credit (5.10.6.3). Towards the guest no more is sent than it says that it has room for, and it
-//! is asked once when there is none. From the guest at most [`BUFFER`] bytes are held that the host's end does not take; a guest that
-//! sends more has its connection reset. It is told of room as soon as half of that has become free.
+//! Flow control is by credit (5.10.6.3). Towards the guest no more is sent than it says that it has room for, and it is
+//! asked once when there is none. From the guest at most [`BUFFER`] bytes are held that the host's end does not take; a
+//! guest that sends more has its connection reset. It is told of room as soon as half of that has become free.
 
 use std::collections::VecDeque;
 
@@ -195,8 +195,8 @@ impl Connection {
         BUFFER - u32::try_from(self.held.len()).unwrap_or(BUFFER)
     }
 
-    /// What is due to the guest: [`Connection::said`], [`Connection::sent`], [`Connection::drained`] or [`Connection::end_of_file`]
-    /// is to follow. [`None`] until something happens.
+    /// What is due to the guest: [`Connection::said`], [`Connection::sent`], [`Connection::drained`] or
+    /// [`Connection::end_of_file`] is to follow. [`None`] until something happens.
     #[must_use]
     pub fn next(&self) -> Option<Next> {
         if self.request_due {
@@ -301,7 +301,8 @@ impl Connection {
         self.writable = false;
     }
 
-    /// Whether what the guest sends may be written to the host's end straight away: it has room, and nothing is held before it.
+    /// Whether what the guest sends may be written to the host's end straight away: it has room, and nothing is held
+    /// before it.
     #[must_use]
     pub fn may_write(&self) -> bool {
         self.writable && self.held.is_empty()
@@ -341,7 +342,8 @@ impl Connection {
         self.held.is_empty()
     }
 
-    /// True once: when the guest will send no more and all that it sent is taken, so that the host's end is to see an end of file.
+    /// True once: when the guest will send no more and all that it sent is taken, so that the host's end is to see an
+    /// end of file.
     pub fn shuts_sending(&mut self) -> bool {
         let now = self.guest_shutdown & SHUTDOWN_SEND != 0 && self.held.is_empty();
         now && !std::mem::replace(&mut self.told_send, true)

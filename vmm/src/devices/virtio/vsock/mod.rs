@@ -1,17 +1,20 @@
-//! The socket device (5.10): streams between the guest's AF_VSOCK and the host's AF_UNIX sockets, by Firecracker's protocol.
+//! The socket device (5.10): streams between the guest's AF_VSOCK and the host's AF_UNIX sockets, by Firecracker's
+//! protocol.
 //!
-//! * The host connects to the socket at `uds_path`, says `CONNECT port\n`, and hears `OK port\n` (the host's port, of no use but to tell
-//!   connections apart) once the guest has accepted; or the socket is closed.
+//! * The host connects to the socket at `uds_path`, says `CONNECT port\n`, and hears `OK port\n` (the host's port, of
+//!   no use but to tell connections apart) once the guest has accepted; or the socket is closed.
 //! * The guest connects to port P of context id 2, and is connected to whoever listens at `uds_path_P`; or is refused.
 //!
-//! `packet.rs` is what is exchanged with the driver, `connection.rs` what becomes of one connection, `mux.rs` all of them and their
-//! sockets, `socket.rs` the socket at `uds_path`. Here they meet the queues. Clients are taken in from when the guest's driver is ready:
-//! until then they wait in the socket's queue.
+//! `packet.rs` is what is exchanged with the driver, `connection.rs` what becomes of one connection, `stream.rs` the
+//! host's end of it, `mux.rs` all of them together, `socket.rs` the socket at `uds_path`. Here they meet the queues.
+//! Clients are taken in from when the guest's driver is ready: until then they wait in the socket's queue.
 
 mod connection;
+mod metrics;
 mod mux;
 mod packet;
 mod socket;
+mod stream;
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -23,13 +26,16 @@ use event_manager::EventSet;
 use super::queue::{Chain, QueueError};
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use crate::config;
+pub use metrics::VsockMetrics;
 use mux::Mux;
-pub use mux::VsockMetrics;
 use packet::{HEADER_LEN, Header};
 use socket::Socket;
 
 /// Packets at once, as Firecracker's. The driver takes at most as many for its event queue.
 const QUEUE_SIZES: [u16; 3] = [256; 3];
+/// [`HEADER_LEN`], as descriptors count.
+const HEADER_SIZE: u32 = 44;
+const _: () = assert!(HEADER_SIZE as usize == HEADER_LEN);
 /// The queue of packets to the guest.
 const RX: usize = 0;
 /// The queue of packets from the guest. The third is for events, of which there are none: they tell of migration.
@@ -43,7 +49,10 @@ pub enum VsockError {
     #[error("vsock: guest_cid {0} is not a guest's: choose one from 3 to 4294967294")]
     Cid(u32),
     /// The path does not fit in a socket's address.
-    #[error("vsock: uds_path {}: it has {length} bytes, and a unix socket's path at most 107: choose a shorter one", path.display())]
+    #[error(
+        "vsock: uds_path {}: it has {length} bytes, and a unix socket's path at most 107: choose a shorter one",
+        path.display()
+    )]
     TooLong {
         /// As given.
         path: PathBuf,
@@ -149,8 +158,7 @@ impl Vsock {
                 return Ok(false);
             };
             place.write(&header.to_bytes());
-            // A queue's length of packets has less than 4 GiB.
-            let len = header.len.saturating_add(u32::try_from(HEADER_LEN).unwrap_or(u32::MAX));
+            let len = header.len + HEADER_SIZE;
             queue.give_back(memory, chain.head, len)?;
         }
         Ok(true)

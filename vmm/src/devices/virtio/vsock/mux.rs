@@ -6,13 +6,13 @@
 //!  Connected, the guest is through with it, its last bytes not taken yet ──► Parting ──► gone
 //! ```
 //!
-//! One epoll descriptor waits for every socket, edge-triggered: what it says is kept in the connection until an attempt shows otherwise, and no
-//! socket is ever registered anew. Who has something to tell the guest stands in one line and says one packet at a
-//! time, so that none keeps another waiting.
+//! One epoll descriptor waits for every socket, edge-triggered: what it says is kept in the connection until an attempt
+//! shows otherwise, and no socket is ever registered anew. Who has something to tell the guest stands in one line and
+//! says one packet at a time, so that none keeps another waiting.
 //!
 //! What the guest can have us keep is bounded: [`MAX_CONNECTIONS`] connections, greetings and partings included, with
-//! [`BUFFER`](super::connection::BUFFER) bytes each, and [`MAX_RESETS`] answers to packets that belong to none. Whoever is to
-//! answer, a client its greeting, the guest a REQUEST or a SHUTDOWN, has [`PATIENCE`].
+//! [`BUFFER`](super::connection::BUFFER) bytes each, and [`MAX_RESETS`] answers to packets that belong to none. Whoever
+//! is to answer, a client its greeting, the guest a REQUEST or a SHUTDOWN, has [`PATIENCE`].
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Write};
@@ -20,21 +20,20 @@ use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::fd::OwnedFd;
 use rustix::net::RecvFlags;
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime};
-use serde::Serialize;
-use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
 
 use super::connection::{Connection, Next, Verdict};
+use super::metrics::{VsockMetrics, count};
 use super::packet::{HOST_CID, Header, Op, Ports, STREAM};
 use super::socket::Socket;
+use super::stream::{flush, read_into, write_through};
 use crate::devices::virtio::queue::Buffers;
+use crate::devices::virtio::timer::Timer;
 
 /// As Firecracker's.
 pub const MAX_CONNECTIONS: usize = 1023;
@@ -44,37 +43,11 @@ const MAX_RESETS: usize = 256;
 pub const PATIENCE: Duration = Duration::from_secs(2);
 /// Longest greeting: `CONNECT 4294967295` and the end of a line are 19 or 20 bytes. Firecracker reads as much.
 const MAX_GREETING: usize = 32;
-/// The first port of the host's given to connections by the host; the last is one less than twice that. As Firecracker's.
+/// The first port of the host's given to connections by the host; the last is one less than twice that. As
+/// Firecracker's.
 const FIRST_PORT: u32 = 1 << 30;
 /// Sockets looked at, and clients accepted, in one turn.
 const A_TURN: usize = 64;
-
-/// What the socket device did, since its start. Received and transmitted are the guest's words.
-#[derive(Debug, Default, Serialize)]
-pub struct VsockMetrics {
-    /// Bytes of data sent to the guest.
-    pub rx_bytes_count: AtomicU64,
-    /// Bytes of data that came from the guest.
-    pub tx_bytes_count: AtomicU64,
-    /// Packets sent to the guest.
-    pub rx_packets_count: AtomicU64,
-    /// Packets that came from the guest.
-    pub tx_packets_count: AtomicU64,
-    /// Connections made.
-    pub conns_added: AtomicU64,
-    /// Connections ended because nobody answered in time, or a rule was broken.
-    pub conns_killed: AtomicU64,
-    /// Connections ended, however.
-    pub conns_removed: AtomicU64,
-    /// Attempts to write to a socket that failed.
-    pub tx_write_fails: AtomicU64,
-    /// Attempts to read from a socket that failed.
-    pub rx_read_fails: AtomicU64,
-}
-
-pub(super) fn count(counter: &AtomicU64, by: u64) {
-    counter.fetch_add(by, Ordering::Relaxed);
-}
 
 #[derive(Debug)]
 enum Stage {
@@ -102,7 +75,7 @@ pub struct Mux {
     guest_cid: u64,
     socket: Socket,
     epoll: OwnedFd,
-    timer: OwnedFd,
+    timer: Timer,
     timer_set: bool,
     /// By tokens, which are never used again: an event that comes late finds nothing.
     entries: HashMap<u64, Entry>,
@@ -129,10 +102,7 @@ impl Mux {
             guest_cid,
             socket,
             epoll: epoll::create(CreateFlags::CLOEXEC)?,
-            timer: timerfd_create(
-                TimerfdClockId::Monotonic,
-                TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
-            )?,
+            timer: Timer::new()?,
             timer_set: false,
             entries: HashMap::new(),
             by_ports: HashMap::new(),
@@ -207,7 +177,7 @@ impl Mux {
         !self.resets.is_empty() || !self.speakers.is_empty()
     }
 
-    // ---- From the guest ------------------------------------------------------------------------------------------------------
+    // From the guest.
 
     /// The guest sent a packet: `header`, and behind it `data`, all of the chain's.
     pub fn take(&mut self, header: &Header, mut data: Buffers<'_>, now: Instant) {
@@ -307,9 +277,10 @@ impl Mux {
         }
     }
 
-    // ---- To the guest --------------------------------------------------------------------------------------------------------
+    // To the guest.
 
-    /// The next packet for the guest: its header, its data in `room`. [`None`] if there is none; nothing was written then.
+    /// The next packet for the guest: its header, its data in `room`. [`None`] if there is none; nothing was written
+    /// then.
     pub fn give(&mut self, room: &Buffers<'_>, now: Instant) -> Option<Header> {
         let header = self.resets.pop_front().or_else(|| self.speech(room, now))?;
         count(&self.metrics.rx_packets_count, 1);
@@ -369,7 +340,7 @@ impl Mux {
         None
     }
 
-    // ---- Events --------------------------------------------------------------------------------------------------------------
+    // Events.
 
     /// The epoll descriptor was readable.
     pub fn ready(&mut self, now: Instant) {
@@ -511,7 +482,7 @@ impl Mux {
 
     /// The timer's descriptor was readable: whoever has not answered by `now` is ended.
     pub fn expired(&mut self, now: Instant) {
-        let _ = rustix::io::read(&self.timer, &mut [0u8; 8]);
+        self.timer.expired();
         self.timer_set = false;
         let late = |entry: &Entry| entry.deadline.is_some_and(|deadline| deadline <= now);
         let late: Vec<_> = self
@@ -526,7 +497,7 @@ impl Mux {
         }
     }
 
-    // ---- What follows --------------------------------------------------------------------------------------------------------
+    // What follows.
 
     /// A connection has changed: does to its socket what is due, and has it stand in line if it has something to say.
     fn settle(&mut self, token: u64, now: Instant) {
@@ -569,18 +540,10 @@ impl Mux {
 
     /// All wait equally long: a timer that is set is for one who came earlier.
     fn set_timer(&mut self, wait: Duration) {
-        if std::mem::replace(&mut self.timer_set, true) {
-            return;
+        if !std::mem::replace(&mut self.timer_set, true) {
+            // No wait at all would not set it but stop it.
+            self.timer.after(wait.max(Duration::from_nanos(1)));
         }
-        // Zero would not set it but stop it.
-        let wait = wait.max(Duration::from_nanos(1));
-        let spec = Itimerspec {
-            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
-            it_value: Timespec::try_from(wait).expect("PATIENCE at most"),
-        };
-        // A valid time and a timer: there is nothing to refuse.
-        let set = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec);
-        debug_assert!(set.is_ok(), "{set:?}");
     }
 
     /// The guest is through with a connection. Its socket is closed when the host's end has taken what is held for it.
@@ -629,87 +592,4 @@ fn port_of(line: &[u8]) -> Option<u32> {
     let connect = words.next()?.eq_ignore_ascii_case("connect");
     let port = words.next()?.parse().ok()?;
     connect.then_some(port)
-}
-
-/// What a socket said through vm-memory.
-fn io_error(error: VolatileMemoryError) -> io::Error {
-    match error {
-        VolatileMemoryError::IOError(error) => error,
-        other => io::Error::other(other),
-    }
-}
-
-/// Reads at most `most` bytes into the start of `room`.
-fn read_into(mut stream: &UnixStream, room: &Buffers<'_>, most: u32) -> io::Result<u32> {
-    let mut read = 0;
-    for slice in room.clone().take_front(most as usize).slices() {
-        let mut slice = *slice;
-        match stream.read_volatile(&mut slice).map_err(io_error) {
-            Ok(len) => {
-                read += len;
-                if len < slice.len() {
-                    break;
-                }
-            }
-            // What was read first is sent first.
-            Err(_) if read > 0 => break,
-            Err(error) => return Err(error),
-        }
-    }
-    // At most `most`.
-    Ok(u32::try_from(read).unwrap_or(most))
-}
-
-/// Writes the guest's `data` to the host's end, or holds it. True if the host's end is gone.
-fn write_through(mut stream: &UnixStream, connection: &mut Connection, data: Buffers<'_>) -> bool {
-    for slice in data.slices() {
-        let mut done = 0;
-        if connection.is_hung_up() {
-            done = slice.len();
-        } else if connection.may_write() {
-            match stream.write_volatile(slice).map_err(io_error) {
-                Ok(len) => done = len,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(_) => {
-                    connection.hung_up();
-                    done = slice.len();
-                }
-            }
-            if done < slice.len() {
-                connection.full();
-            }
-        }
-        // A slice is at most as long as a packet.
-        connection.took(u32::try_from(done).unwrap_or(u32::MAX));
-        hold(connection, slice, done);
-    }
-    connection.is_hung_up()
-}
-
-fn hold(connection: &mut Connection, slice: &VolatileSlice<'_>, from: usize) {
-    if let Ok(rest) = slice.offset(from)
-        && !rest.is_empty()
-    {
-        let mut bytes = vec![0; rest.len()];
-        let len = rest.copy_to(&mut bytes);
-        connection.hold(&bytes[..len]);
-    }
-}
-
-/// Writes what is held, as far as the host's end takes it. True if that is gone.
-fn flush(mut stream: &UnixStream, connection: &mut Connection) -> bool {
-    loop {
-        let bytes = connection.to_write();
-        if bytes.is_empty() {
-            return false;
-        }
-        match stream.write(bytes) {
-            Ok(len) => connection.took_held(len),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => connection.full(),
-            Err(_) => {
-                connection.hung_up();
-                return true;
-            }
-        }
-    }
 }

@@ -1,5 +1,6 @@
-//! The unix socket that stands for the guest on the host: `uds_path`, with the process's umask as Firecracker's. An existing file is
-//! never replaced: it may be another microVM's socket. The file goes with the device, unless somebody has put another in its place.
+//! The unix socket that stands for the guest on the host: `uds_path`, with the process's umask as Firecracker's. An
+//! existing file is never replaced: it may be another microVM's socket. The file goes with the device, unless somebody
+//! has put another in its place.
 
 use std::ffi::OsString;
 use std::io;
@@ -67,8 +68,8 @@ impl Socket {
         &self.listener
     }
 
-    /// Connects to the host's end of a guest's connection to `port`: a socket beside this one, by the port's number. It does not
-    /// wait: a socket whose queue is full is one where nobody listens.
+    /// Connects to the host's end of a guest's connection to `port`: a socket beside this one, by the port's number. It
+    /// does not wait: a socket whose queue is full is one where nobody listens.
     ///
     /// # Errors
     /// Nobody listens there.

@@ -1,6 +1,17 @@
 //! Drivers that break the rules.
 
 use super::*;
+use crate::devices::virtio::hostile::{self, Dice};
+
+#[test]
+fn a_hostile_drivers_rings_do_not_stop_the_device() {
+    let folder = Folder::new();
+    hostile::survives(|| {
+        // The one before it lives on until its driver is dropped.
+        let _ = std::fs::remove_file(folder.path("v"));
+        Arc::new(Mutex::new(Vsock::new(&config(&folder.path("v"))).unwrap()))
+    });
+}
 
 #[test]
 fn chains_that_are_no_packets_ask_for_a_reset_after_which_the_device_serves() {
@@ -124,7 +135,7 @@ fn storms_are_answered_once_or_not_at_all() {
         guest.send(PORTS, Op::CreditRequest);
         guest.send(
             Ports { guest: number, ..ports },
-            [Op::Response, Op::CreditRequest, Op::Data][number as usize % 3],
+            [Op::Response, Op::CreditRequest, Op::Data][usize::try_from(number % 3).unwrap()],
         );
     }
     assert_eq!(guest.sockets(), 1);
@@ -139,9 +150,8 @@ fn storms_are_answered_once_or_not_at_all() {
     }
     let count = |op: Op| ops.iter().filter(|&&found| found == op.number()).count();
     assert_eq!(count(Op::Reset), 256);
-    // The response tells of the credit too, as every packet does.
-    assert_eq!((count(Op::Response), count(Op::CreditUpdate)), (1, 0));
-    assert_eq!(ops.len(), 257);
+    // Which tells of credit too.
+    assert_eq!((count(Op::Response), ops.len()), (1, 257));
     guest.connected_by_host(52);
 }
 
@@ -164,22 +174,6 @@ fn a_guest_that_sends_more_than_there_is_room_for_is_reset() {
     assert_eq!(guest.sockets(), 0);
 }
 
-/// A generator of numbers that look random (Marsaglia's xorshift64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-
-    fn one_of<T: Copy>(&mut self, of: &[T]) -> T {
-        of[usize::try_from(self.below(of.len() as u64)).unwrap()]
-    }
-}
-
 /// Whatever a guest says in whatever order, with clients of the host's that come, go, speak and read or not.
 #[test]
 fn ten_thousand_seeded_cases_neither_stop_the_device_nor_outgrow_it() {
@@ -188,17 +182,17 @@ fn ten_thousand_seeded_cases_neither_stop_the_device_nor_outgrow_it() {
     listener.set_nonblocking(true).unwrap();
     let mut clients: Vec<UnixStream> = Vec::new();
     for seed in 1..=10_000 {
-        let mut random = Random(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
-        for _ in 0..random.below(8) {
-            hostile_packet(&mut guest, &mut random);
-            host_side(&mut guest, &listener, &mut clients, &mut random);
+        let mut dice = Dice(seed);
+        for _ in 0..dice.below(8) {
+            hostile_packet(&mut guest, &mut dice);
+            host_side(&mut guest, &listener, &mut clients, &mut dice);
         }
         if guest.driver.needs_reset() {
             guest.set_up();
         }
         guest.turn();
         assert!(guest.sockets() <= MAX_CONNECTIONS, "seed {seed}");
-        if seed % 500 == 0 {
+        if seed.is_multiple_of(500) {
             guest.set_up();
             clients.clear();
             // What had come and was not taken in yet is so now, and goes.
@@ -215,42 +209,42 @@ fn ten_thousand_seeded_cases_neither_stop_the_device_nor_outgrow_it() {
     }
 }
 
-fn hostile_packet(guest: &mut Guest, random: &mut Random) {
+fn hostile_packet(guest: &mut Guest, dice: &mut Dice) {
     let known = guest.vsock.lock().unwrap().mux.some_ports();
     let mut ports = Ports {
-        host: random.one_of(&[7, 7, 8, 1 << 30, u32::MAX]),
-        guest: random.one_of(&[0, 1, 2, 3, u32::MAX]),
+        host: dice.pick(&[7, 7, 8, 1 << 30, u32::MAX]),
+        guest: dice.pick(&[0, 1, 2, 3, u32::MAX]),
     };
-    if let (Some(known), 0..3) = (known, random.below(4)) {
+    if let (Some(known), 0..3) = (known, dice.below(4)) {
         ports = known;
     }
     let extremes = [0, 1, 44, 100, BUFFER - 1, BUFFER, BUFFER + 1, 1 << 31, u32::MAX];
-    let data = vec![0xa5; usize::try_from(random.one_of(&[0, 1, 100, 5000, 65536, 65537])).unwrap()];
+    let data = vec![0xa5; usize::try_from(dice.pick(&[0, 1, 100, 5000, 65536, 65537])).unwrap()];
     let honest = u32::try_from(data.len()).unwrap();
     let header = Header {
-        src_cid: random.one_of(&[CID.into(), CID.into(), CID.into(), CID.into(), 2, u64::MAX]),
-        dst_cid: random.one_of(&[2, 2, 2, 2, CID.into(), u64::MAX]),
-        kind: random.one_of(&[1, 1, 1, 1, 1, 2, 0xffff]),
-        op: random.one_of(&[1, 1, 2, 2, 3, 4, 5, 5, 5, 6, 7, 0, 8, 0xffff]),
-        flags: random.one_of(&[0, 1, 2, 3, u32::MAX]),
-        len: if random.below(3) > 0 {
+        src_cid: dice.pick(&[CID.into(), CID.into(), CID.into(), CID.into(), 2, u64::MAX]),
+        dst_cid: dice.pick(&[2, 2, 2, 2, CID.into(), u64::MAX]),
+        kind: dice.pick(&[1, 1, 1, 1, 1, 2, 0xffff]),
+        op: dice.pick(&[1, 1, 2, 2, 3, 4, 5, 5, 5, 6, 7, 0, 8, 0xffff]),
+        flags: dice.pick(&[0, 1, 2, 3, u32::MAX]),
+        len: if dice.below(3) > 0 {
             honest
         } else {
-            random.one_of(&extremes)
+            dice.pick(&extremes)
         },
-        buf_alloc: random.one_of(&extremes),
-        fwd_cnt: random.one_of(&extremes),
+        buf_alloc: dice.pick(&extremes),
+        fwd_cnt: dice.pick(&extremes),
         ..guest.header(ports, Op::Data)
     };
-    if random.below(50) == 0 {
-        let len = random.one_of(&extremes);
-        let at = random.one_of(&[TX_AT, 0, u64::MAX, 1 << 24, (1 << 24) - 1]);
+    if dice.below(50) == 0 {
+        let len = dice.pick(&extremes);
+        let at = dice.pick(&[TX_AT, 0, u64::MAX, 1 << 24, (1 << 24) - 1]);
         let buffer = Buffer {
             at,
             len,
-            writable: random.below(2) == 0,
+            writable: dice.below(2) == 0,
         };
-        let queue = random.one_of(&[RX, TX, 2]);
+        let queue = dice.pick(&[RX, TX, 2]);
         guest.driver.put(queue, &[buffer]);
         guest.driver.notify(queue);
         guest.driver.turn(1000);
@@ -262,14 +256,14 @@ fn hostile_packet(guest: &mut Guest, random: &mut Random) {
     }
 }
 
-fn host_side(guest: &mut Guest, listener: &UnixListener, clients: &mut Vec<UnixStream>, random: &mut Random) {
+fn host_side(guest: &mut Guest, listener: &UnixListener, clients: &mut Vec<UnixStream>, dice: &mut Dice) {
     if let Ok((stream, _)) = listener.accept() {
         clients.push(stream);
     }
-    if random.below(4) == 0 {
+    if dice.below(4) == 0 {
         // Fails where the queue is full: the device is between two drivers.
         if let Ok(mut client) = UnixStream::connect(guest.folder.path("v")) {
-            let says = random.one_of(&["", "CONNECT 52\n", "CONNECT 52\nmore", "CONN", "nonsense\n"]);
+            let says = dice.pick(&["", "CONNECT 52\n", "CONNECT 52\nmore", "CONN", "nonsense\n"]);
             client.write_all(says.as_bytes()).unwrap();
             clients.push(client);
         }
@@ -277,12 +271,12 @@ fn host_side(guest: &mut Guest, listener: &UnixListener, clients: &mut Vec<UnixS
     if clients.is_empty() {
         return;
     }
-    let index = usize::try_from(random.below(clients.len() as u64)).unwrap();
+    let index = usize::try_from(dice.below(clients.len() as u64)).unwrap();
     let client = &mut clients[index];
     client.set_nonblocking(true).unwrap();
-    match random.below(6) {
+    match dice.below(6) {
         0 => drop(clients.swap_remove(index)),
-        1 => drop(client.shutdown(random.one_of(&[
+        1 => drop(client.shutdown(dice.pick(&[
             std::net::Shutdown::Read,
             std::net::Shutdown::Write,
             std::net::Shutdown::Both,
