@@ -1,12 +1,13 @@
 //! Streams between the guest and its host over vsock(7).
-#![allow(unsafe_code, reason = "the standard library and rustix know no address of a vsock")]
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::mem::size_of;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use rustix::net::Shutdown;
+use rustix::fd::OwnedFd;
+use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
+use rustix::net::{
+    AddressFamily, Shutdown, SocketFlags, SocketType, accept, bind, connect, listen, shutdown, socket_with,
+};
 
 use crate::modules;
 
@@ -40,10 +41,10 @@ impl Sum {
 /// Takes one connection on `port` and sends back all that comes, until it ends.
 pub fn echo(port: u32) -> io::Result<Sum> {
     let listener = socket()?;
-    bind(&listener, port)?;
-    rustix::net::listen(&listener, 1)?;
+    bind(&listener, &Address::new(ANY, port))?;
+    listen(&listener, 1)?;
     println!("chronovisor guest: vsock-echo {port}: listening");
-    let mut stream = File::from(rustix::net::accept(&listener)?);
+    let mut stream = File::from(accept(&listener)?);
     let (mut buffer, mut sum) = (vec![0; 64 << 10], Sum::new());
     loop {
         let len = stream.read(&mut buffer)?;
@@ -58,7 +59,7 @@ pub fn echo(port: u32) -> io::Result<Sum> {
 /// Connects to the host's `port` and sends `bytes` bytes of no pattern; the sums of those, and of what came back.
 pub fn send(port: u32, bytes: u64) -> io::Result<(Sum, Sum)> {
     let stream = socket()?;
-    connect(&stream, port)?;
+    connect(&stream, &Address::new(HOST, port))?;
     let mut stream = File::from(stream);
     let mut reader = stream.try_clone()?;
     let back = std::thread::spawn(move || {
@@ -83,7 +84,7 @@ pub fn send(port: u32, bytes: u64) -> io::Result<(Sum, Sum)> {
         there.add(&piece);
         stream.write_all(&piece)?;
     }
-    rustix::net::shutdown(&stream, Shutdown::Write)?;
+    shutdown(&stream, Shutdown::Write)?;
     let back = back.join().expect("a thread that reads")?;
     Ok((there, back))
 }
@@ -91,36 +92,45 @@ pub fn send(port: u32, bytes: u64) -> io::Result<(Sum, Sum)> {
 fn socket() -> io::Result<OwnedFd> {
     modules::load("virtio_mmio")?;
     modules::load("vmw_vsock_virtio_transport")?;
-    // SAFETY: makes a descriptor, or fails.
-    let fd = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
+    Ok(socket_with(
+        AddressFamily::VSOCK,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?)
+}
+
+/// `struct sockaddr_vm`, which neither the standard library nor rustix has.
+#[repr(C)]
+struct Address {
+    family: u16,
+    reserved: u16,
+    port: u32,
+    cid: u32,
+    zero: [u8; 4],
+}
+
+/// Its length.
+const LEN: SocketAddrLen = 16;
+const _: () = assert!(size_of::<Address>() == LEN as usize);
+
+impl Address {
+    fn new(cid: u32, port: u32) -> Self {
+        Self {
+            family: AddressFamily::VSOCK.as_raw(),
+            reserved: 0,
+            port,
+            cid,
+            zero: [0; 4],
+        }
     }
-    // SAFETY: the descriptor just made, which is nobody else's.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-type Call = unsafe extern "C" fn(libc::c_int, *const libc::sockaddr, libc::socklen_t) -> libc::c_int;
-
-fn bind(socket: &OwnedFd, port: u32) -> io::Result<()> {
-    with_address(libc::bind, socket, ANY, port)
-}
-
-fn connect(socket: &OwnedFd, port: u32) -> io::Result<()> {
-    with_address(libc::connect, socket, HOST, port)
-}
-
-fn with_address(call: Call, socket: &OwnedFd, cid: u32, port: u32) -> io::Result<()> {
-    // SAFETY: numbers and padding, of which all zeros is a value.
-    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-    address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).expect("a family");
-    (address.svm_cid, address.svm_port) = (cid, port);
-    let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_vm>()).expect("16 bytes");
-    // SAFETY: bind or connect, which read `len` bytes of the address.
-    let done = unsafe { call(socket.as_raw_fd(), (&raw const address).cast(), len) };
-    if done < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
+// SAFETY: the pointer is to an `Address`, which lives through the call, with its length; the kernel reads a `sockaddr_vm`
+// there, which has these fields in this order (include/uapi/linux/vm_sockets.h), without padding.
+#[expect(unsafe_code, reason = "an address of a family that rustix does not know")]
+unsafe impl SocketAddrArg for Address {
+    unsafe fn with_sockaddr<R>(&self, f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R) -> R {
+        f(std::ptr::from_ref(self).cast(), LEN)
     }
 }
