@@ -210,7 +210,8 @@ fn launch(plan: Plan) -> Result<u8> {
             move || session.open_console()
         };
         let listeners = Listeners { unix, tcp };
-        let server = Server::spawn(listeners, Arc::new(handle), plan.limits, started);
+        let cpus = Arc::clone(handle.host_cpus());
+        let server = Server::spawn(listeners, Arc::new(handle), cpus, plan.limits, started);
         let server = server.context("the API's thread cannot be started")?;
         report_start(&session.handle, plan.started);
         Some(server)

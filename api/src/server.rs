@@ -49,13 +49,14 @@ pub struct Server {
 
 impl Server {
     /// Serves `backend` on `listeners`, on a thread named `api`. `started` is called on that thread once the guest has been
-    /// started over the API.
+    /// started over the API. `host` is the host's CPUs as they were before any thread was confined to some of them.
     ///
     /// # Errors
     /// The thread, or its runtime, could not be made.
     pub fn spawn(
         listeners: Listeners,
         backend: Arc<dyn Backend>,
+        host: Arc<HostCpus>,
         limits: Limits,
         started: impl Fn() + Send + Sync + 'static,
     ) -> io::Result<Self> {
@@ -70,8 +71,6 @@ impl Server {
         };
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("api".to_owned()).spawn(move || {
-            // Read before the first move: afterwards this thread's own affinity would be taken for the process's.
-            let host = Arc::new(HostCpus::read());
             let keep_off = {
                 let backend = backend.clone();
                 move || keep_off_vcpus(&host, &*backend)
@@ -106,14 +105,10 @@ impl Drop for Server {
 }
 
 /// Moves the calling thread to the housekeeping CPUs: a server on a vCPU's CPU would take that vCPU's time.
-fn keep_off_vcpus(host: &io::Result<HostCpus>, backend: &dyn Backend) {
+fn keep_off_vcpus(host: &HostCpus, backend: &dyn Backend) {
     let readings = (0..backend.vcpus()).filter_map(|index| backend.read(index));
     let pinned: CpuSet = readings.filter(|r| r.host_cpu.pinned).map(|r| r.host_cpu.cpu).collect();
-    let moved = match host {
-        Ok(host) => run_on(&host.housekeeping(&pinned)).map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
-    };
-    if let Err(error) = moved {
+    if let Err(error) = run_on(&host.housekeeping(&pinned)) {
         tracing::warn!("the API's thread may share a CPU with a vCPU: {error}");
     }
 }
@@ -228,6 +223,7 @@ mod tests {
                     tcp: None,
                 },
                 backend,
+                Arc::new(HostCpus::read().unwrap()),
                 limits,
                 || {},
             )
@@ -404,7 +400,14 @@ mod tests {
             unix: None,
             tcp: Some(tcp),
         };
-        let _server = Server::spawn(listeners, backend, Limits::default(), || {}).unwrap();
+        let _server = Server::spawn(
+            listeners,
+            backend,
+            Arc::new(HostCpus::read().unwrap()),
+            Limits::default(),
+            || {},
+        )
+        .unwrap();
         let mut stream = std::net::TcpStream::connect(address).unwrap();
         stream
             .write_all(b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n")

@@ -33,7 +33,12 @@ pub(crate) struct Inbox {
 }
 
 /// Starts the thread. Everything that can fail is done before this returns.
-pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::Result<JoinHandle<End>> {
+pub(crate) fn spawn(
+    options: Options,
+    cpus: Arc<HostCpus>,
+    inbox: Inbox,
+    shared: Arc<Shared>,
+) -> io::Result<JoinHandle<End>> {
     let Options {
         id,
         console,
@@ -45,7 +50,6 @@ pub(crate) fn spawn(options: Options, inbox: Inbox, shared: Arc<Shared>) -> io::
     let redirect = Redirect::default();
     let serial = Arc::new(SerialPort::new(Arc::clone(&ring))?);
     let console = ConsoleIo::new(console, Arc::clone(&ring), Arc::clone(&serial), Arc::clone(&redirect))?;
-    let cpus = Arc::new(HostCpus::read()?);
     let (events, happened) = channel();
     let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
     let around = Surroundings {

@@ -49,6 +49,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use accounting::GtimeSource;
+use accounting::host::HostCpus;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use action::{Accounts, Action, ActionError, HintingStart, Info, Metadata, Reply, RunState};
@@ -99,6 +100,7 @@ pub struct VmmHandle {
     requests: Sender<Request>,
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
+    cpus: Arc<HostCpus>,
 }
 
 impl VmmHandle {
@@ -132,6 +134,12 @@ impl VmmHandle {
     #[must_use]
     pub fn accounts(&self) -> &Accounts {
         &self.shared.accounts
+    }
+
+    /// The host's CPUs, read before any thread of ours was confined to some of them.
+    #[must_use]
+    pub fn host_cpus(&self) -> &Arc<HostCpus> {
+        &self.cpus
     }
 
     /// Where the API counts its requests.
@@ -193,7 +201,7 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Starts the VMM thread (named `vmm`).
+    /// Starts the VMM thread (named `vmm`). The calling thread's affinity is taken for the process's.
     ///
     /// # Errors
     /// The thread, its epoll or one of its descriptors could not be made, or the host's CPUs not be read.
@@ -205,8 +213,10 @@ impl Vmm {
             requests,
             wake: Arc::clone(&wake),
             shared: Arc::clone(&shared),
+            cpus: Arc::new(HostCpus::read()?),
         };
-        let thread = event_loop::spawn(options, event_loop::Inbox { incoming, wake }, shared)?;
+        let cpus = Arc::clone(&handle.cpus);
+        let thread = event_loop::spawn(options, cpus, event_loop::Inbox { incoming, wake }, shared)?;
         Ok((Self { thread }, handle))
     }
 
