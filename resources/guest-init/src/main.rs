@@ -7,6 +7,7 @@
 mod disk;
 mod memory;
 mod modules;
+mod net;
 mod plan;
 mod random;
 mod root;
@@ -86,6 +87,17 @@ fn run(step: Step, cpus: usize) {
                 )
             }),
         ),
+        Step::NetUp => say(step, net::up().map(|()| "up".to_owned())),
+        Step::NetReceive(port) => say(
+            step,
+            net::receive(port).map(|sum| format!("{} bytes, {sum:016x}", net::TOTAL)),
+        ),
+        Step::NetSend(port) => say(
+            step,
+            net::send(port).map(|sum| format!("{} bytes, {sum:016x}", net::TOTAL)),
+        ),
+        Step::NetFlood(time) => say(step, net::flood(time).map(|bytes| format!("{bytes} bytes"))),
+        Step::Metadata => say(step, net::metadata("/latest/meta-data/instance-id")),
         Step::Touch(mib) => memory::touch(mib),
         Step::Balloon => say(step, memory::load_balloon().map(|()| "loaded".to_owned())),
         Step::Topology => topology(cpus),

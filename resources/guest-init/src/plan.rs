@@ -12,6 +12,11 @@
 //! | `vsock-echo:PORT` | takes one connection of the host's and sends back what comes |
 //! | `vsock-send:PORT` | connects to the host, sends 4 MiB, and reads what comes back |
 //! | `topology` | tells each CPU's siblings, as `/sys` has them: `cpu1 shares its core with 0-1` |
+//! | `net-up` | loads the network's driver and gives eth0 the address 172.16.0.2/30 |
+//! | `net-receive:PORT` | takes one connection of the host's and reads 64 MiB |
+//! | `net-send:PORT` | connects to the host and sends 64 MiB |
+//! | `net-flood:MS` | connects to the host's port 5003 and sends for so long |
+//! | `metadata` | asks the metadata service for `/latest/meta-data/instance-id` |
 //! | `repeat:N` | does what stands before it N times in all |
 //! | `forever` | does what stands before it again and again |
 //! | `shell` | a shell on the console, until it ends |
@@ -29,6 +34,11 @@ pub enum Step {
     Sleep(Duration),
     DiskVerify(Duration),
     DiskRead(Duration),
+    NetUp,
+    NetReceive(u16),
+    NetSend(u16),
+    NetFlood(Duration),
+    Metadata,
     VsockEcho(u32),
     VsockSend(u32),
     Hwrng(usize),
@@ -49,6 +59,11 @@ impl fmt::Display for Step {
             Self::DiskVerify(time) => write!(f, "disk-verify {} ms", time.as_millis()),
             Self::VsockEcho(port) => write!(f, "vsock-echo {port}"),
             Self::VsockSend(port) => write!(f, "vsock-send {port}"),
+            Self::NetUp => f.write_str("net-up"),
+            Self::NetReceive(port) => write!(f, "net-receive {port}"),
+            Self::NetSend(port) => write!(f, "net-send {port}"),
+            Self::NetFlood(time) => write!(f, "net-flood {} ms", time.as_millis()),
+            Self::Metadata => f.write_str("metadata"),
             Self::DiskRead(time) => write!(f, "disk-read {} ms", time.as_millis()),
             Self::Hwrng(bytes) => write!(f, "hwrng {bytes} bytes"),
             Self::Touch(mib) => write!(f, "touch {mib} MiB"),
@@ -119,12 +134,21 @@ impl Plan {
                 let port = number().and_then(|port| u32::try_from(port).ok());
                 port.ok_or(format!("chronovisor.do={plan}: {word}: {name}:PORT expected"))
             };
+            let tcp_port = || {
+                let port = number().and_then(|port| u16::try_from(port).ok());
+                port.ok_or(format!("chronovisor.do={plan}: {word}: {name}:PORT expected"))
+            };
             match name {
                 "spin" => steps.push(Step::Spin(time()?)),
                 "sleep" => steps.push(Step::Sleep(time()?)),
                 "disk-verify" => steps.push(Step::DiskVerify(time()?)),
                 "vsock-echo" => steps.push(Step::VsockEcho(port()?)),
                 "vsock-send" => steps.push(Step::VsockSend(port()?)),
+                "net-up" => steps.push(Step::NetUp),
+                "net-receive" => steps.push(Step::NetReceive(tcp_port()?)),
+                "net-send" => steps.push(Step::NetSend(tcp_port()?)),
+                "net-flood" => steps.push(Step::NetFlood(time()?)),
+                "metadata" => steps.push(Step::Metadata),
                 "disk-read" => steps.push(Step::DiskRead(time()?)),
                 "hwrng" => steps.push(Step::Hwrng(count("BYTES")?)),
                 "touch" => steps.push(Step::Touch(count("MIB")?)),
