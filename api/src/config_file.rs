@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -42,13 +42,21 @@ pub enum ConfigFileError {
         /// What.
         source: serde_json::Error,
     },
+    /// Something is wrong with the file that describes the processor.
+    #[error("cpu-config: {} {source}", path.display())]
+    CpuConfig {
+        /// The file.
+        path: PathBuf,
+        /// What.
+        source: Box<ConfigFileError>,
+    },
     /// Nothing to boot.
     #[error("has no section \"boot-source\": say which kernel to boot")]
     NoBootSource,
 }
 
 /// Firecracker's sections that ask for what we do not have.
-const UNSUPPORTED: [&str; 3] = ["cpu-config", "pmem", "memory-hotplug"];
+const UNSUPPORTED: [&str; 2] = ["pmem", "memory-hotplug"];
 
 /// Reads a configuration that can be started: what to do, each step named by its section.
 ///
@@ -84,6 +92,15 @@ fn parse(text: &[u8]) -> Result<Vec<Step>, ConfigFileError> {
     sections.one("logger", Action::PutLogger)?;
     sections.one("metrics", Action::PutMetrics)?;
     sections.one("machine-config", Action::PutMachineConfig)?;
+    if let Some(path) = sections.take::<PathBuf>("cpu-config")? {
+        let in_file = |source| ConfigFileError::CpuConfig {
+            path: path.clone(),
+            source: Box::new(source),
+        };
+        let text = read_json(&path).map_err(in_file)?;
+        let config = serde_json::from_slice(&text).map_err(|error| in_file(ConfigFileError::Syntax(error)))?;
+        sections.push("cpu-config", Action::PutCpuConfig(config));
+    }
     let boot: Option<BootSource> = sections.take("boot-source")?;
     sections.push(
         "boot-source",

@@ -9,9 +9,9 @@ use serde_json::Value;
 use crate::affinity::{AffinityError, Place};
 use crate::boot::BootError;
 use crate::config::{
-    Balloon, BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, ConfigError, Drive, DriveRefused,
-    DriveUpdate, Entropy, InterfaceRefused, Logger, MachineConfig, MachineConfigUpdate, Metrics, NetworkInterface,
-    NetworkInterfaceUpdate, Pinning, Serial, VmConfig, Vsock, VsockRefused,
+    Balloon, BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, ConfigError, CpuConfig, Drive,
+    DriveRefused, DriveUpdate, Entropy, InterfaceRefused, Logger, MachineConfig, MachineConfigUpdate, Metrics,
+    NetworkInterface, NetworkInterfaceUpdate, Pinning, Serial, VmConfig, Vsock, VsockRefused,
 };
 use crate::devices::i8042::KeysUnread;
 use crate::devices::virtio::balloon::BalloonError;
@@ -38,6 +38,8 @@ pub enum Action {
     PutMachineConfig(MachineConfig),
     /// `PATCH /machine-config`. Before start.
     PatchMachineConfig(MachineConfigUpdate),
+    /// `PUT /cpu-config`. Before start.
+    PutCpuConfig(CpuConfig),
     /// `PUT /boot-source`. Before start.
     PutBootSource(BootSource),
     /// `PUT /drives/{id}`. Before start.

@@ -71,12 +71,21 @@ const NEEDED: [(Cap, &str); 9] = [
 /// # Errors
 /// See [`KvmError`].
 pub fn open() -> Result<Kvm, KvmError> {
+    open_without(|_| false)
+}
+
+/// As [`open`], but for the capabilities that `unneeded` says need not be there, by their numbers.
+///
+/// # Errors
+/// See [`KvmError`].
+pub fn open_without(unneeded: impl Fn(u32) -> bool) -> Result<Kvm, KvmError> {
     let kvm = Kvm::new_with_path(DEVICE).map_err(|e| open_error(e.errno()))?;
     let version = kvm.get_api_version();
     if u32::try_from(version) != Ok(KVM_API_VERSION) {
         return Err(KvmError::Version(version));
     }
-    match NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+    let lacks = |cap: Cap| !unneeded(cap as u32) && !kvm.check_extension(cap);
+    match NEEDED.iter().find(|(cap, _)| lacks(*cap)) {
         Some((_, name)) => Err(KvmError::Capability(name)),
         None => Ok(kvm),
     }

@@ -28,8 +28,8 @@ use std::time::Instant;
 
 use crate::action::{Action, Info, Metadata, Reply, RunState};
 use crate::config::{
-    BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, Devices, DriveUpdate, Logger, MachineConfig,
-    Metrics, NetworkInterfaceUpdate, Pinning, RateLimiter, Serial, VmConfig,
+    BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, CpuConfig, Devices, DriveUpdate, Logger,
+    MachineConfig, Metrics, NetworkInterfaceUpdate, Pinning, RateLimiter, Serial, VmConfig,
 };
 use crate::devices::MachineEvent;
 use crate::devices::virtio::balloon::BalloonError;
@@ -54,6 +54,7 @@ pub struct Lifecycle<B: Builder> {
     builder: B,
     machine_config: MachineConfig,
     boot_source: Option<BootSource>,
+    cpu: CpuConfig,
     devices: Devices,
     serial: Option<Serial>,
     logger: Option<Logger>,
@@ -75,6 +76,7 @@ impl<B: Builder> Lifecycle<B> {
             builder,
             machine_config: MachineConfig::default(),
             boot_source: None,
+            cpu: CpuConfig::default(),
             devices: Devices::default(),
             serial: None,
             logger: None,
@@ -122,6 +124,10 @@ impl<B: Builder> Lifecycle<B> {
                 self.before_start()?;
                 self.builder.check(&source)?;
                 self.boot_source = Some(source);
+            }
+            Action::PutCpuConfig(config) => {
+                self.before_start()?;
+                self.cpu = config;
             }
             Action::PutDrive(drive) => {
                 self.before_start()?;
@@ -378,6 +384,7 @@ impl<B: Builder> Lifecycle<B> {
         let plan = Plan {
             machine: self.machine_config.clone(),
             boot,
+            cpu: self.cpu.clone(),
             devices: self.devices.clone(),
             serial: self.serial.clone(),
             mmds: self.mmds_config.clone().zip(self.mmds.clone()),

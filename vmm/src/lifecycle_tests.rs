@@ -86,6 +86,7 @@ fn every_action() -> Vec<(Action, [bool; 3])> {
         (Action::PutMachineConfig(MachineConfig::default()), BEFORE),
         (Action::PatchMachineConfig(MachineConfigUpdate::default()), BEFORE),
         (Action::PutBootSource(source("/kernel")), BEFORE),
+        (Action::PutCpuConfig(CpuConfig::default()), BEFORE),
         (Action::PutDrive(from_json(drive)), BEFORE),
         (Action::PatchDrive(from_json(json!({ "drive_id": "d" }))), AFTER),
         (Action::PutInterface(from_json(interface)), BEFORE),

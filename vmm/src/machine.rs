@@ -11,7 +11,8 @@ use accounting::host::{CpuSet, HostCpus, run_on};
 use accounting::{Account, Gtime, GtimeSource};
 use kvm_ioctls::{Kvm, VmFd};
 use vcpu::pin::{self, PinError};
-use vcpu::setup::{self, SetupError, Topology};
+use vcpu::setup::custom::CustomError;
+use vcpu::setup::{self, CpuConfig, SetupError, Topology};
 use vcpu::{Vcpu, VcpuConfig, VcpuError};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -83,6 +84,9 @@ pub enum StartError {
     /// A vCPU's registers could not be set.
     #[error(transparent)]
     Setup(#[from] SetupError),
+    /// The processor cannot be had as it is wanted.
+    #[error(transparent)]
+    Cpu(#[from] CustomError),
     /// A vCPU's thread could not be started.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -103,6 +107,8 @@ pub struct Plan {
     pub machine: MachineConfig,
     /// The kernel.
     pub boot: BootSource,
+    /// What is changed of the processor.
+    pub cpu: CpuConfig,
     /// virtio devices.
     pub devices: Devices,
     /// Where COM1's output goes, if not to the console.
@@ -158,7 +164,8 @@ impl Machine {
         let cpus = &around.cpus;
         let vcpus = plan.machine.vcpu_count;
         let choice = pin::choose(cpus, &plan.pinning, usize::from(vcpus))?;
-        let kvm = kvm::open()?;
+        let kvm = kvm::open_without(|capability| plan.cpu.does_without(capability))?;
+        plan.cpu.check(&kvm)?;
 
         let memory = Arc::new(GuestMemory::new(plan.machine.mem_size_mib, plan.machine.huge_pages)?);
         let (attached, virtio) = attach::build(&plan.devices, &memory)?;
@@ -189,7 +196,8 @@ impl Machine {
             .map_err(refused("connect the keyboard's interrupt"))?;
         attach::connect(&vm, &bus.virtio)?;
 
-        let supported = setup::cpuid::supported(&kvm).map_err(refused("say which CPUID it supports"))?;
+        let mut supported = setup::cpuid::supported(&kvm).map_err(refused("say which CPUID it supports"))?;
+        plan.cpu.change_cpuid(&mut supported)?;
         let topology = Topology {
             vcpus: u32::from(vcpus),
             smt: plan.machine.smt,
@@ -198,6 +206,7 @@ impl Machine {
             .map(|index| {
                 let fd = vm.create_vcpu(u64::from(index)).map_err(refused("create a vCPU"))?;
                 setup::apply(&fd, &supported, topology, index)?;
+                plan.cpu.change_msrs(&fd, index)?;
                 if index == 0 {
                     boot::regs::set(&fd, entry).map_err(refused("set the first vCPU's registers"))?;
                 }

@@ -1,4 +1,4 @@
-//! `/machine-config` and `/boot-source`: what the microVM is made of, before its start.
+//! `/machine-config`, `/cpu-config` and `/boot-source`: what the microVM is made of, before its start.
 
 use axum::body::Bytes;
 use axum::extract::State;
@@ -43,4 +43,9 @@ fn by_template(body: &[u8], response: Response) -> Response {
 
 pub(super) async fn put_boot_source(State(shared): State<Shared>, body: Bytes) -> Result<Response, Fault> {
     act(&shared, Action::PutBootSource(parse(&body)?)).await
+}
+
+/// An empty object changes the processor back to what this host offers.
+pub(super) async fn put_cpu_config(State(shared): State<Shared>, body: Bytes) -> Result<Response, Fault> {
+    act(&shared, Action::PutCpuConfig(parse(&body)?)).await
 }

@@ -119,6 +119,7 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
             get(machine::get).put(machine::put).patch(machine::patch),
         )
         .route("/boot-source", put(machine::put_boot_source))
+        .route("/cpu-config", put(machine::put_cpu_config))
         .route("/drives", put(drives::put).patch(drives::patch))
         .route("/drives/", put(drives::put).patch(drives::patch))
         .route("/drives/{id}", put(drives::put).patch(drives::patch))

@@ -100,6 +100,13 @@ fn run(step: Step, cpus: usize) {
         Step::Metadata => say(step, net::metadata("/latest/meta-data/instance-id")),
         Step::Touch(mib) => memory::touch(mib),
         Step::Balloon => say(step, memory::load_balloon().map(|()| "loaded".to_owned())),
+        Step::CpuFlags => say(
+            step,
+            fs::read_to_string("/proc/cpuinfo").map(|cpuinfo| {
+                let flags = cpuinfo.lines().find(|line| line.starts_with("flags"));
+                flags.unwrap_or_default().to_owned()
+            }),
+        ),
         Step::Topology => topology(cpus),
         Step::PowerOff => end("poweroff", RebootCommand::PowerOff),
         Step::Reboot => end("reboot", RebootCommand::Restart),

@@ -11,6 +11,7 @@
 //! | `balloon` | loads the balloon's driver |
 //! | `vsock-echo:PORT` | takes one connection of the host's and sends back what comes |
 //! | `vsock-send:PORT` | connects to the host, sends 4 MiB, and reads what comes back |
+//! | `cpu-flags` | tells what the first CPU can do, as `/proc/cpuinfo` has it |
 //! | `topology` | tells each CPU's siblings, as `/sys` has them: `cpu1 shares its core with 0-1` |
 //! | `net-up` | loads the network's driver and gives eth0 the address 172.16.0.2/30 |
 //! | `net-receive:PORT` | takes one connection of the host's and reads 64 MiB |
@@ -44,6 +45,7 @@ pub enum Step {
     Hwrng(usize),
     Touch(usize),
     Balloon,
+    CpuFlags,
     Topology,
     PowerOff,
     Reboot,
@@ -68,6 +70,7 @@ impl fmt::Display for Step {
             Self::Hwrng(bytes) => write!(f, "hwrng {bytes} bytes"),
             Self::Touch(mib) => write!(f, "touch {mib} MiB"),
             Self::Balloon => f.write_str("balloon"),
+            Self::CpuFlags => f.write_str("cpu-flags"),
             Self::Topology => f.write_str("topology"),
             Self::PowerOff => f.write_str("poweroff"),
             Self::Reboot => f.write_str("reboot"),
@@ -153,6 +156,7 @@ impl Plan {
                 "hwrng" => steps.push(Step::Hwrng(count("BYTES")?)),
                 "touch" => steps.push(Step::Touch(count("MIB")?)),
                 "balloon" => steps.push(Step::Balloon),
+                "cpu-flags" => steps.push(Step::CpuFlags),
                 "topology" => steps.push(Step::Topology),
                 "poweroff" => steps.push(Step::PowerOff),
                 "reboot" => steps.push(Step::Reboot),

@@ -4,6 +4,7 @@
 //! parts are public for those who need to change one.
 
 pub mod cpuid;
+pub mod custom;
 pub mod lapic;
 pub mod msrs;
 
@@ -11,6 +12,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 
 pub use cpuid::Topology;
+pub use custom::CpuConfig;
 
 /// Why a vCPU could not be set up.
 #[derive(Debug, thiserror::Error)]

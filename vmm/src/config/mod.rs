@@ -12,6 +12,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, Serialize};
 pub use vcpu::pin::Pinning;
+pub use vcpu::setup::CpuConfig;
 
 pub use device::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, CacheType, Drive, DriveUpdate, Entropy, IoEngine, MacAddr,

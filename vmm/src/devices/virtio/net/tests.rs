@@ -292,8 +292,8 @@ fn limits_hold_frames_up_either_way_and_lose_none() {
     assert!(begun.elapsed() >= Duration::from_millis(60));
     assert_eq!((received, sent), (5, 5));
     assert_eq!((0..).map_while(|_| wire.host_hears()).count(), 5);
-    assert!(wire.metric(|m| &m.rx_rate_limiter_throttled) >= 3);
-    assert!(wire.metric(|m| &m.tx_rate_limiter_throttled) >= 3);
+    assert!(wire.metric(|m| &m.rx_rate_limiter_throttled) >= 1);
+    assert!(wire.metric(|m| &m.tx_rate_limiter_throttled) >= 1);
 }
 
 #[test]
