@@ -110,6 +110,8 @@ fn what_a_debian_guest_wrote_and_synced_is_there_after_ctrl_alt_del_and_its_file
     // The login does not wait for the interface.
     let addresses = guest.run("timeout 60 sh -c 'until ip -4 -o address show dev eth0 | grep inet; do sleep 1; done'");
     assert!(addresses.contains("172.16.0.2/30"), "{addresses}");
+    let greeting = guest.run("timeout 60 bash -c 'read -r line </dev/tcp/172.16.0.2/22; echo $line'");
+    assert!(greeting.contains("SSH-2.0-OpenSSH"), "{greeting}");
     let written = guest.run("dd if=/dev/urandom of=/root/file bs=64k count=64 && sync");
     assert!(written.contains("64+0 records out"), "{written}");
     let sum = guest.sum();

@@ -10,16 +10,19 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::debian;
 use crate::layout::Layout;
+use crate::process::bound_to_us;
 use crate::progress::Progress;
 use crate::setup::Kit;
+use crate::{debian, setup};
 
 /// What makes it, and the packages that have that.
 const MAKERS: [(&str, &str); 2] = [("mmdebstrap", "mmdebstrap"), ("mkfs.ext4", "e2fsprogs")];
 /// What a guest of that kind has, beside what every Debian has.
 const PACKAGES: &str = "systemd,systemd-sysv,udev,openssh-server,iproute2,iputils-ping,kmod,procps";
 const SUITE: &str = "bookworm";
+/// Of those, what no program reads.
+const LEFT_OUT: [&str; 3] = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
 /// Half of it is free.
 const SIZE: &str = "640M";
 /// The same in each build: two images of the same packages have the same contents.
@@ -32,6 +35,7 @@ const EPOCH: &str = "1700000000";
 /// # Errors
 /// Not root: mmdebstrap has to make files of other users. Otherwise what failed, with what it said.
 pub fn make(layout: &Layout, kit: &Kit) -> Result<PathBuf> {
+    let _lock = setup::lock(&layout.kept())?;
     let image = layout.kept().join("rootfs.ext4");
     let recipe = recipe(layout, kit)?;
     let made_by = layout.kept().join("rootfs.recipe");
@@ -49,21 +53,21 @@ pub fn make(layout: &Layout, kit: &Kit) -> Result<PathBuf> {
     let partial = folder.0.join("rootfs.ext4");
 
     let customize = layout.root.join("resources/rootfs/customize");
-    let mut mmdebstrap = Command::new("mmdebstrap");
+    // It removes its mounts when it is asked to end.
+    let mut mmdebstrap = bound_to_us("TERM", "mmdebstrap");
     mmdebstrap
         .args(["--quiet", "--variant=apt", "--mode=root", "--format=directory"])
-        .args(
-            ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"]
-                .map(|path| format!("--dpkgopt=path-exclude={path}")),
-        )
+        .args(LEFT_OUT.map(|path| format!("--dpkgopt=path-exclude={path}")))
         // Nobody needs half of it after a power failure.
         .arg("--dpkgopt=force-unsafe-io")
         .arg("--aptopt=Acquire::Languages \"none\"")
         .arg(format!("--include={PACKAGES}"))
-        .arg(format!("--customize-hook={}", fs::read_to_string(&customize)?))
+        // By name: a hook that fails is shown in full, before what it said.
+        .arg(r#"--customize-hook=sh "$CUSTOMIZE" "$1""#)
         .arg(SUITE)
         .arg(&tree)
-        .arg(mirror()?)
+        .args(sources()?)
+        .env("CUSTOMIZE", &customize)
         .env("KERNEL_MODULES", &kit.modules)
         .env("SOURCE_DATE_EPOCH", EPOCH);
     run(&mut mmdebstrap)?;
@@ -91,24 +95,38 @@ fn recipe(layout: &Layout, kit: &Kit) -> Result<String> {
     let customize = layout.root.join("resources/rootfs/customize");
     let customize = fs::read_to_string(&customize).with_context(|| format!("cannot read {}", customize.display()))?;
     let kernel = kit.modules.file_name().unwrap_or_default().to_string_lossy();
-    Ok(format!("{SUITE} {PACKAGES} {SIZE} {kernel}\n{customize}"))
+    let left_out = LEFT_OUT.join(" ");
+    Ok(format!("{SUITE} {PACKAGES} {SIZE} {kernel}\n{left_out}\n{customize}"))
 }
 
-/// The Debian mirror that this machine's apt uses.
-fn mirror() -> Result<String> {
+/// Where this machine's apt has [`SUITE`] from, updates and security included: a line of `sources.list` for each.
+fn sources() -> Result<Vec<String>> {
     let output = Command::new("apt-get")
-        .args(["download", "--print-uris", "base-files"])
+        .args(["indextargets", "--format", "deb $(REPO_URI) $(CODENAME) $(COMPONENT)"])
+        .args(["Created-By: Packages", "Origin: Debian"])
         .output()
         .context("cannot run apt-get: is this Debian?")?;
-    // 'http://deb.debian.org/debian/pool/main/b/base-files/base-files_12...deb' base-files_... size sum
-    let line = String::from_utf8_lossy(&output.stdout).into_owned();
-    let mirror = line
-        .split_once("/pool/")
-        .map(|(mirror, _)| mirror.trim_start_matches('\''));
-    match mirror {
-        Some(mirror) if mirror.starts_with("http") => Ok(mirror.to_owned()),
-        _ => bail!("apt-get does not say where Debian's packages are: {line:?}; as root, type: apt-get update"),
-    }
+    let lines = String::from_utf8_lossy(&output.stdout).into_owned();
+    let sources = of_suite(&lines);
+    ensure!(
+        sources.iter().any(|line| line.contains(&format!(" {SUITE} "))),
+        "apt-get has no list of {SUITE}'s packages: as root, type: apt-get update"
+    );
+    Ok(sources)
+}
+
+/// The lines about the suite itself, and what is added to it.
+fn of_suite(lines: &str) -> Vec<String> {
+    let of_suite = |line: &&str| {
+        let codename = line.split(' ').nth(2).unwrap_or_default();
+        [
+            SUITE.to_owned(),
+            format!("{SUITE}-updates"),
+            format!("{SUITE}-security"),
+        ]
+        .contains(&codename.to_owned())
+    };
+    lines.lines().filter(of_suite).map(str::to_owned).collect()
 }
 
 /// Runs `command`; what it says is told only if it fails.
@@ -154,4 +172,25 @@ fn remove(path: &Path) -> Result<()> {
             .with_context(|| format!("cannot remove {}", path.display()))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_has_its_packages_from_where_this_machine_has_them_and_only_of_its_suite() {
+        let lines = "deb http://mirror/debian/ bookworm main\n\
+                     deb http://mirror/debian/ bookworm-backports main\n\
+                     deb http://mirror/debian-security/ bookworm-security main\n\
+                     deb http://mirror/debian/ trixie main\n";
+        assert_eq!(
+            of_suite(lines),
+            [
+                "deb http://mirror/debian/ bookworm main",
+                "deb http://mirror/debian-security/ bookworm-security main"
+            ]
+        );
+        assert!(of_suite("").is_empty());
+    }
 }
