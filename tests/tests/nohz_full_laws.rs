@@ -35,11 +35,13 @@ fn storm(source: Source) -> Guest {
 #[derive(Default)]
 struct Seen {
     broken: Vec<String>,
+    /// By another source than the one asked for.
+    by_others: u32,
     widths_ns: Vec<u64>,
 }
 
 impl Seen {
-    /// Reads `times` times, holds each reading against the one before, and wants all of them from `source`.
+    /// Reads `times` times, holds each reading against the one before, and counts those that are not by `source`.
     fn read(account: &Account, times: u32, source: Source) -> Self {
         let mut seen = Self::default();
         let mut last = account.read();
@@ -48,7 +50,7 @@ impl Seen {
             if let Err(broken) = laws::check_pair(&last, &reading) {
                 seen.broken.push(broken.to_string());
             }
-            assert_eq!(reading.source, source, "{reading:#?}");
+            seen.by_others += u32::from(reading.source != source);
             seen.widths_ns.push(width(&reading));
             last = reading;
         }
@@ -147,6 +149,14 @@ fn no_law_is_broken(source: Source, readings: u32) -> Widths {
     println!(
         "the kernel's own figures in {} reads of the same run: raw VIRT stepped back {} times, PROF {}, /proc gtime {}, SCHED {}",
         steps.reads, steps.virt, steps.prof, steps.stat_gtime, steps.sched
+    );
+    // BPF's programs publish under a sequence count that a reader tries for a bounded number of times: where the machine takes an
+    // emulated CPU away in the middle of that, a reading goes by the next source. One in a thousand is more than was ever seen.
+    let by_others = one.by_others + other.by_others;
+    assert!(
+        by_others <= readings / 1_000,
+        "{by_others} of {readings} are not by {}",
+        source.name()
     );
     let broken = [one.broken, other.broken].concat();
     assert!(
