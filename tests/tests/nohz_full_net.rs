@@ -68,21 +68,34 @@ fn add(sum: u64, piece: &[u8]) -> u64 {
 
 const SUM: u64 = 0xcbf2_9ce4_8422_2325;
 
-/// Bytes that came from the guest, as the tap counts them: whole frames.
-fn from_guest() -> u64 {
+/// Bytes that came from the guest, and bytes that went to it, as the tap counts them: whole frames.
+fn counts() -> (u64, u64) {
     let table = std::fs::read_to_string("/proc/thread-self/net/dev").expect("the interfaces");
     let line = table
         .lines()
         .find_map(|line| line.trim().strip_prefix(&format!("{TAP}:")));
-    let bytes = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-    bytes.unwrap_or_else(|| panic!("no {TAP} in {table}"))
+    let counts = line.unwrap_or_else(|| panic!("no {TAP} in {table}"));
+    let counts: Vec<u64> = counts
+        .split_whitespace()
+        .filter_map(|count| count.parse().ok())
+        .collect();
+    // Eight columns for each direction, bytes first.
+    (counts[0], counts[8])
 }
 
-/// Bytes a second from the guest, over `time`.
-fn rate(time: Duration) -> f64 {
-    let (begun, before) = (Instant::now(), from_guest());
+fn from_guest() -> u64 {
+    counts().0
+}
+
+fn to_guest() -> u64 {
+    counts().1
+}
+
+/// What `bytes` grow by in a second, over `time`.
+fn rate(bytes: fn() -> u64, time: Duration) -> f64 {
+    let (begun, before) = (Instant::now(), bytes());
     std::thread::sleep(time);
-    (from_guest() - before) as f64 / begun.elapsed().as_secs_f64()
+    (bytes() - before) as f64 / begun.elapsed().as_secs_f64()
 }
 
 #[test]
@@ -159,7 +172,7 @@ fn a_limited_interface_sends_at_its_rate_within_5_percent_over_10_s_and_a_patch_
         });
         // Past the bucket's first filling and TCP's first round trips.
         std::thread::sleep(Duration::from_secs(1));
-        let share = rate(Duration::from_secs(10)) / MIB as f64;
+        let share = rate(from_guest, Duration::from_secs(10)) / MIB as f64;
         println!("{share:.3} of the limit");
         assert!((0.95..=1.05).contains(&share), "{share} of the limit");
 
@@ -167,10 +180,75 @@ fn a_limited_interface_sends_at_its_rate_within_5_percent_over_10_s_and_a_patch_
         let answer = vm.ask("PATCH", "/network-interfaces/eth0", Some(&update.to_string()));
         assert_eq!(answer.status, 204, "{}", answer.fault());
         std::thread::sleep(Duration::from_secs(1));
-        let share = rate(Duration::from_secs(5)) / (2 * MIB) as f64;
+        let share = rate(from_guest, Duration::from_secs(5)) / (2 * MIB) as f64;
         println!("{share:.3} of the new limit");
         // Half as long: what one frame of 64 KiB more or less makes is twice as much.
         assert!((0.9..=1.1).contains(&share), "{share} of the new limit");
+    });
+}
+
+#[test]
+fn a_limited_interface_receives_at_its_rate_within_5_percent_over_10_s() {
+    require_bed!(nohz_full);
+    in_own_network(|| {
+        let limited = json!({ "rx_rate_limiter": { "bandwidth": { "size": MIB / 10, "refill_time": 100 } } });
+        let mut vm = guest("net-up,net-receive:5001,poweroff", limited, json!({}));
+        vm.process.wait_for("chronovisor guest: net-receive 5001: listening");
+        let mut stream = TcpStream::connect("172.16.0.2:5001").expect("the guest listens");
+        std::thread::spawn(move || {
+            let piece = vec![0; PIECE];
+            // More than there is time for: it ends with the guest.
+            while stream.write_all(&piece).is_ok() {}
+        });
+        std::thread::sleep(Duration::from_secs(1));
+        let share = rate(to_guest, Duration::from_secs(10)) / MIB as f64;
+        println!("{share:.3} of the limit");
+        assert!((0.95..=1.05).contains(&share), "{share} of the limit");
+    });
+}
+
+#[test]
+fn pauses_in_the_middle_of_a_transfer_lose_nothing_of_it() {
+    require_bed!(nohz_full);
+    in_own_network(|| {
+        let mut vm = guest("net-up,net-receive:5001,net-send:5002,poweroff", json!({}), json!({}));
+        vm.process.wait_for("chronovisor guest: net-receive 5001: listening");
+        let listener = TcpListener::bind("172.16.0.1:5002").expect("a port");
+        let mut stream = TcpStream::connect("172.16.0.2:5001").expect("the guest listens");
+        let transfers = std::thread::spawn(move || {
+            let (mut there, mut back, mut piece) = (SUM, SUM, vec![0; PIECE]);
+            for number in 0..TOTAL / PIECE {
+                piece.fill(number.to_le_bytes()[0]);
+                there = add(there, &piece);
+                stream.write_all(&piece).expect("the guest reads");
+            }
+            let (mut stream, _) = listener.accept().expect("the guest connects");
+            stream.set_read_timeout(Some(PATIENCE)).expect("a time");
+            for _ in 0..TOTAL / PIECE {
+                stream.read_exact(&mut piece).expect("the guest writes");
+                back = add(back, &piece);
+            }
+            (there, back)
+        });
+        let mut pauses = 0;
+        while !transfers.is_finished() {
+            for (state, time) in [("Paused", 100), ("Resumed", 400)] {
+                let answer = vm.ask("PATCH", "/vm", Some(&json!({ "state": state }).to_string()));
+                assert_eq!(answer.status, 204, "{}", answer.fault());
+                std::thread::sleep(Duration::from_millis(time));
+            }
+            pauses += 1;
+        }
+        println!("{pauses} pauses");
+        let (there, back) = transfers.join().expect("both transfers end");
+        let (status, output, stderr) = vm.process.wait();
+        assert_eq!(status.code(), Some(0), "{stderr}");
+        for said in [
+            format!("net-receive 5001: {TOTAL} bytes, {there:016x}"),
+            format!("net-send 5002: {TOTAL} bytes, {back:016x}"),
+        ] {
+            assert!(output.contains(&said), "{said}: {output}");
+        }
     });
 }
 
