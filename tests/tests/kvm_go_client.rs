@@ -157,7 +157,7 @@ fn start(program: &Program) -> Start {
     }
 }
 
-/// Whether taps can be made here. The emulated host's kernel has no TUN, nor its busybox a word for it.
+/// Whether taps can be made here, which takes root and `ip tuntap` or its like.
 fn taps() -> Result<(), String> {
     if !rustix::process::geteuid().is_root() {
         return Err("to make a tap one has to be root".into());

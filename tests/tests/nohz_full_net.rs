@@ -211,7 +211,9 @@ fn a_limited_interface_receives_at_its_rate_within_5_percent_over_10_s() {
 fn pauses_in_the_middle_of_a_transfer_lose_nothing_of_it() {
     require_bed!(nohz_full);
     in_own_network(|| {
-        let mut vm = guest("net-up,net-receive:5001,net-send:5002,poweroff", json!({}), json!({}));
+        // It stays until the host has read the last of it, and the last pause is over.
+        let plan = "net-up,net-receive:5001,net-send:5002,sleep:5000,poweroff";
+        let mut vm = guest(plan, json!({}), json!({}));
         vm.process.wait_for("chronovisor guest: net-receive 5001: listening");
         let listener = TcpListener::bind("172.16.0.1:5002").expect("a port");
         let mut stream = TcpStream::connect("172.16.0.2:5001").expect("the guest listens");

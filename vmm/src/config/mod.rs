@@ -25,7 +25,7 @@ pub use vm::VmConfig;
 /// Largest number of vCPUs.
 pub const MAX_VCPUS: u8 = 32;
 
-/// `/machine-config`, as Firecracker has it; fields we do not have yet may only hold their default.
+/// `/machine-config`, as Firecracker has it; its templates we do not have yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
