@@ -20,7 +20,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::Queue;
-use super::{Active, DeviceEvents, F_VERSION_1, Interrupt, Shared};
+use super::{Active, Complaints, DeviceEvents, F_VERSION_1, Interrupt, Shared};
 use crate::layout::{VIRTIO_IRQS, VIRTIO_MMIO};
 use crate::memory::GuestMemory;
 
@@ -110,6 +110,7 @@ pub struct Transport {
     notifications: Arc<Vec<EventFd>>,
     interrupt: Arc<Interrupt>,
     registers: Mutex<Registers>,
+    complaints: Complaints,
 }
 
 #[derive(Debug, Default)]
@@ -120,6 +121,8 @@ struct Registers {
     driver_features: u64,
     queue_sel: u32,
     queues: Vec<virtio_queue::Queue>,
+    /// A queue was given a size that none has: it is none.
+    bad_size: bool,
 }
 
 impl Registers {
@@ -174,6 +177,7 @@ impl Transport {
             notifications: Arc::new(notifications),
             interrupt,
             registers,
+            complaints: Complaints::default(),
         })
     }
 
@@ -197,6 +201,7 @@ impl Transport {
             device: Arc::clone(&self.device),
             notifications: Arc::clone(&self.notifications),
             interrupt: Arc::clone(&self.interrupt),
+            complaints: Complaints::default(),
         }
     }
 
@@ -265,8 +270,9 @@ impl Transport {
             }
             register::QUEUE_SEL => registers.queue_sel = value,
             _ => {
-                if let Some(queue) = registers.queue_to_set_up() {
-                    write_queue_register(queue, offset, value);
+                let set_up = |queue| write_queue_register(queue, offset, value);
+                if registers.queue_to_set_up().is_some_and(|queue| !set_up(queue)) {
+                    registers.bad_size = true;
                 }
             }
         }
@@ -318,11 +324,13 @@ impl Transport {
                 Queue::new(queue, view)
             })
             .collect();
-        let Some(queues) = queues else {
-            tracing::warn!(
-                "{}: its driver gave it queues outside of guest memory; it waits for a reset",
-                self.name
-            );
+        let Some(queues) = queues.filter(|_| !registers.bad_size) else {
+            if self.complaints.due() {
+                tracing::warn!(
+                    "{}: its driver gave it queues that are none; it waits for a reset",
+                    self.name
+                );
+            }
             self.interrupt.set_needs_reset();
             return;
         };
@@ -354,9 +362,10 @@ impl Transport {
     }
 }
 
-fn write_queue_register(queue: &mut virtio_queue::Queue, offset: u64, value: u32) {
+/// False where `value` is a size that the queue cannot have.
+fn write_queue_register(queue: &mut virtio_queue::Queue, offset: u64, value: u32) -> bool {
     match offset {
-        register::QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
+        register::QUEUE_NUM => return queue.try_set_size(u16::try_from(value).unwrap_or(0)).is_ok(),
         register::QUEUE_READY => queue.set_ready(value == 1),
         register::QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
         register::QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
@@ -366,6 +375,7 @@ fn write_queue_register(queue: &mut virtio_queue::Queue, offset: u64, value: u32
         register::QUEUE_DEVICE_HIGH => queue.set_used_ring_address(None, Some(value)),
         _ => {}
     }
+    true
 }
 
 /// The 32 bits of `of` that `select` names; there are two.

@@ -208,6 +208,20 @@ pub struct DeviceEvents {
     device: Shared,
     notifications: Arc<Vec<EventFd>>,
     interrupt: Arc<Interrupt>,
+    complaints: Complaints,
+}
+
+/// How often something was worth a log line, which a guest can bring about as often as it likes: the first few are due, then ever
+/// fewer.
+#[derive(Debug, Default)]
+pub(crate) struct Complaints(AtomicU32);
+
+impl Complaints {
+    /// Whether this one is to be logged: one of the first eight, or a power of two.
+    pub(crate) fn due(&self) -> bool {
+        let number = self.0.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        number <= 8 || number.is_power_of_two()
+    }
 }
 
 impl DeviceEvents {
@@ -229,14 +243,15 @@ impl DeviceEvents {
             None => device.ready(place - self.notifications.len()),
         };
         if let Err(error) = result {
-            #[cfg(test)]
-            println!("DBG {error}");
-            tracing::warn!(
-                "{}: its driver broke the rules: {error}; it does nothing until it is reset",
-                self.name
-            );
             device.reset();
+            drop(device);
             self.interrupt.set_needs_reset();
+            if self.complaints.due() {
+                tracing::warn!(
+                    "{}: its driver broke the rules: {error}; it does nothing until it is reset",
+                    self.name
+                );
+            }
         }
     }
 }

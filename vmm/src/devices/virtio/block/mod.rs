@@ -25,7 +25,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::queue::QueueError;
 use super::rate_limiter::RateLimiter;
-use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, count};
+use super::{Active, Complaints, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, count};
 use crate::config::{self, CacheType, Drive, IoEngine};
 use request::{Kind, Request};
 use uring::Uring;
@@ -34,6 +34,8 @@ use uring::Uring;
 const SECTOR: u64 = 512;
 /// Requests at once: Linux's default for a disk.
 const QUEUE_SIZE: u16 = 256;
+/// Bytes moved for one notification: then others have their turn. A flush counts as a quarter.
+const TURN: u64 = 8 << 20;
 /// Pieces of memory in one request: all of a queue, less its head and its status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
@@ -71,6 +73,18 @@ pub enum BlockError {
         /// Its file.
         path: PathBuf,
     },
+    /// Another disk is the same file, and one of them is written.
+    #[error(
+        "drive {drive}: {} is in use, by another drive or another microVM: one that is written is one disk's alone; copy it, \
+         or make every drive of it read-only",
+        path.display()
+    )]
+    InUse {
+        /// The drive.
+        drive: String,
+        /// Its file.
+        path: PathBuf,
+    },
     /// Less than a sector.
     #[error("drive {drive}: {} has {len} bytes, less than one sector of 512: is it an image?", path.display())]
     TooSmall {
@@ -86,6 +100,14 @@ pub enum BlockError {
     NoPath {
         /// The drive.
         drive: String,
+    },
+    /// The file before could not be made safe.
+    #[error("drive {drive}: what was written to its file so far cannot be made safe: {source}; it stays that file")]
+    Sync {
+        /// The drive.
+        drive: String,
+        /// What the system said.
+        source: std::io::Error,
     },
     /// No io_uring.
     #[error(
@@ -142,7 +164,7 @@ impl Disk {
             path: path.into(),
             source,
         };
-        // Not blocking: opening a named pipe would wait for its other end. On what is opened for good it has no effect.
+        // Not blocking: opening a named pipe would wait for its other end.
         let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
@@ -157,8 +179,37 @@ impl Disk {
                 path: path.into(),
             });
         }
+        // io_uring would take it for a wish to have EAGAIN rather than to wait for the disk.
+        rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::empty()).map_err(|e| cannot(e.into()))?;
+        let lock = if read_only {
+            rustix::fs::FlockOperation::NonBlockingLockShared
+        } else {
+            rustix::fs::FlockOperation::NonBlockingLockExclusive
+        };
+        // Goes with the descriptor. A file system that knows no locks has none to be held.
+        if rustix::fs::flock(&file, lock) == Err(rustix::io::Errno::WOULDBLOCK) {
+            return Err(BlockError::InUse {
+                drive: drive.into(),
+                path: path.into(),
+            });
+        }
         // A block device has its length where its end is.
-        let len = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| cannot(e.into()))?;
+        let mut disk = Self {
+            id: id(metadata.dev(), metadata.rdev(), metadata.ino()),
+            sectors: 0,
+            file: Arc::new(file),
+        };
+        disk.sectors = disk.length(drive, path)? / SECTOR;
+        Ok(disk)
+    }
+
+    /// The file's length in bytes, now.
+    fn length(&self, drive: &str, path: &Path) -> Result<u64, BlockError> {
+        let len = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::End(0)).map_err(|e| BlockError::Open {
+            drive: drive.into(),
+            path: path.into(),
+            source: e.into(),
+        })?;
         if len < SECTOR {
             return Err(BlockError::TooSmall {
                 drive: drive.into(),
@@ -173,11 +224,14 @@ impl Disk {
                 path.display()
             );
         }
-        Ok(Self {
-            id: id(metadata.dev(), metadata.rdev(), metadata.ino()),
-            sectors: len / SECTOR,
-            file: Arc::new(file),
-        })
+        Ok(len)
+    }
+
+    /// Whether `path` names this very file.
+    fn is_at(&self, path: &Path) -> bool {
+        let key = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+        let (there, ours) = (path.metadata(), self.file.metadata());
+        there.is_ok_and(|there| ours.is_ok_and(|ours| key(there) == key(ours)))
     }
 }
 
@@ -207,6 +261,9 @@ pub struct Block {
     engine: Engine,
     limiter: RateLimiter,
     metrics: Arc<BlockMetrics>,
+    complaints: Complaints,
+    /// The file was changed while no driver was ready.
+    changed: bool,
     active: Option<Active>,
 }
 
@@ -243,6 +300,8 @@ impl Block {
             engine,
             limiter,
             metrics: Arc::default(),
+            complaints: Complaints::default(),
+            changed: false,
             active: None,
         })
     }
@@ -258,11 +317,26 @@ impl Block {
     /// # Errors
     /// The file cannot be had; the disk stays what it was.
     pub fn set_file(&mut self, path: &Path) -> Result<(), BlockError> {
-        let disk = Disk::open(&self.drive, path, self.read_only)?;
+        let disk = if self.disk.is_at(path) {
+            // It is locked, by us.
+            Disk {
+                file: Arc::clone(&self.disk.file),
+                sectors: self.disk.length(&self.drive, path)? / SECTOR,
+                ..self.disk
+            }
+        } else {
+            Disk::open(&self.drive, path, self.read_only)?
+        };
         self.settle();
+        self.make_safe().map_err(|source| BlockError::Sync {
+            drive: self.drive.clone(),
+            source,
+        })?;
         self.disk = disk;
-        if let Some(active) = &self.active {
-            active.interrupt.signal_config();
+        match &self.active {
+            Some(active) => active.interrupt.signal_config(),
+            // A driver that is on its way may have read the old length.
+            None => self.changed = true,
         }
         Ok(())
     }
@@ -272,12 +346,20 @@ impl Block {
         self.limiter.update(config, Instant::now());
     }
 
+    /// What the driver thinks safe once it flushes has to be so in a file that it will not flush any more.
+    fn make_safe(&self) -> std::io::Result<()> {
+        if self.cache == CacheType::Writeback && !self.read_only {
+            self.disk.file.sync_data()?;
+        }
+        Ok(())
+    }
+
     /// Waits for the requests under way, and answers them.
     fn settle(&mut self) {
         if let (Engine::Async(uring), Some(active)) = (&mut self.engine, &mut self.active) {
             uring.wait();
             // A ring that cannot be written any more has no driver that waits.
-            let _ = answer(uring, active, &self.metrics);
+            let _ = answer(uring, active, &self.metrics, &self.drive, &self.complaints);
         }
     }
 
@@ -288,7 +370,11 @@ impl Block {
         };
         let memory = Arc::clone(&active.memory);
         let memory = memory.view();
+        let mut turn = TURN;
         for _ in 0..active.queues[0].size() {
+            if turn == 0 {
+                break;
+            }
             if let Engine::Async(uring) = &self.engine
                 && uring.is_full()
             {
@@ -307,6 +393,11 @@ impl Block {
                 count(&self.metrics.rate_limiter_throttled_events, 1);
                 return Ok(false);
             }
+            let cost = request.checked.as_ref().map_or(0, |kind| match kind {
+                Kind::Flush => TURN / 4,
+                kind => kind.bytes(),
+            });
+            turn = turn.saturating_sub(cost);
             let done = match (request.checked, &mut self.engine) {
                 (Err(status), _) => Done::failed(status),
                 (Ok(Kind::Id(mut to)), _) => {
@@ -317,7 +408,7 @@ impl Block {
                 (Ok(kind), Engine::Sync) => {
                     let bytes = kind.bytes();
                     let done = sync::run(&self.disk.file, &kind).map(|()| kind.written_to_guest());
-                    let done = Done::of(done, &self.drive);
+                    let done = Done::of(done, &self.drive, &self.complaints);
                     done.count(&self.metrics, kind.operation(), bytes);
                     done
                 }
@@ -339,9 +430,10 @@ impl Block {
         if self.limiter.is_waiting() {
             return Ok(());
         }
-        let more = self.take()?;
+        let mut more = self.take()?;
         if let Engine::Async(uring) = &mut self.engine {
-            uring.submit();
+            // What it would not take is tried again.
+            more |= !uring.submit();
         }
         let Some(active) = &mut self.active else { return Ok(()) };
         signal(active)?;
@@ -360,9 +452,15 @@ fn signal(active: &mut Active) -> Result<(), QueueError> {
 }
 
 /// Answers what the engine has done.
-fn answer(uring: &mut Uring, active: &mut Active, metrics: &BlockMetrics) -> Result<(), QueueError> {
+fn answer(
+    uring: &mut Uring,
+    active: &mut Active,
+    metrics: &BlockMetrics,
+    drive: &str,
+    complaints: &Complaints,
+) -> Result<(), QueueError> {
     while let Some(completed) = uring.next_completed() {
-        let done = Done::of(completed.result, "a drive");
+        let done = Done::of(completed.result, drive, complaints);
         done.count(metrics, completed.operation, completed.bytes);
         if done.status != S_OK {
             count(&metrics.invalid_reqs_count, 1);
@@ -388,10 +486,12 @@ impl Done {
         Self { status: S_OK, written }
     }
 
-    fn of(result: std::io::Result<u64>, drive: &str) -> Self {
+    fn of(result: std::io::Result<u64>, drive: &str, complaints: &Complaints) -> Self {
         result.map_or_else(
             |error| {
-                tracing::warn!("drive {drive}: a request failed: {error}");
+                if complaints.due() {
+                    tracing::warn!("drive {drive}: a request failed: {error}; the guest is told");
+                }
                 Self::failed(S_IOERR)
             },
             Self::written,
@@ -427,6 +527,15 @@ impl Done {
     }
 }
 
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.settle();
+        if let Err(error) = self.make_safe() {
+            tracing::error!("drive {}: what the guest wrote last may be lost: {error}", self.drive);
+        }
+    }
+}
+
 impl VirtioDevice for Block {
     fn device_type(&self) -> u32 {
         2
@@ -456,6 +565,9 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, active: Active) {
+        if std::mem::take(&mut self.changed) {
+            active.interrupt.signal_config();
+        }
         self.active = Some(active);
     }
 
@@ -485,7 +597,7 @@ impl VirtioDevice for Block {
         } else if let Engine::Async(uring) = &mut self.engine {
             uring.hear();
             if let Some(active) = &mut self.active {
-                answer(uring, active, &self.metrics)?;
+                answer(uring, active, &self.metrics, &self.drive, &self.complaints)?;
             }
         }
         // Room in the engine, or tokens: for what has waited.

@@ -5,6 +5,10 @@ use vm_memory::GuestAddress;
 use super::{S_IOERR, S_UNSUPP, SECTOR, SEG_MAX};
 use crate::devices::virtio::queue::{Buffers, Chain, QueueError};
 
+/// Bytes in one request, at most. A chain may name the same memory again and again; what a driver of this world asks for in
+/// [`SEG_MAX`] pieces is less.
+const LARGEST: u64 = 64 << 20;
+
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
 const T_FLUSH: u32 = 4;
@@ -98,7 +102,8 @@ impl<'m> Request<'m> {
 /// The byte of the file where `data` belongs, if all of it lies on the disk, in whole sectors.
 fn place(sector: u64, data: &Buffers<'_>, sectors: u64) -> Result<u64, u8> {
     let bytes = data.len() as u64;
-    let whole = bytes > 0 && bytes.is_multiple_of(SECTOR) && data.slices().len() <= SEG_MAX as usize;
+    let whole =
+        bytes > 0 && bytes <= LARGEST && bytes.is_multiple_of(SECTOR) && data.slices().len() <= SEG_MAX as usize;
     match sector.checked_add(bytes / SECTOR) {
         Some(end) if whole && end <= sectors => Ok(sector * SECTOR),
         _ => Err(S_IOERR),

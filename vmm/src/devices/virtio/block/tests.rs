@@ -346,3 +346,59 @@ fn a_hostile_driver_harms_nobody() {
     }
     hostile::survives_registers(|| hostile::disk(&image, IoEngine::Async));
 }
+
+#[test]
+fn a_file_that_is_written_is_one_disks_alone_and_one_that_is_read_may_be_anybodys() {
+    let image = TempFile::new(&[0; 4096]);
+    let mut writer = drive(&image, IoEngine::Sync);
+    let mut reader = writer.clone();
+    reader.is_read_only = true;
+    let mut disk = Block::new(&writer).unwrap();
+    for other in [&writer, &reader] {
+        let refused = Block::new(other).unwrap_err().to_string();
+        assert!(
+            refused.contains("is in use, by another drive or another microVM"),
+            "{refused}"
+        );
+    }
+    // The same file once more, longer now.
+    fs::OpenOptions::new()
+        .write(true)
+        .open(image.path())
+        .unwrap()
+        .set_len(8192)
+        .unwrap();
+    disk.set_file(image.path()).unwrap();
+    assert_eq!(disk.disk.sectors, 16);
+    drop(disk);
+    writer.is_read_only = true;
+    let _readers = [&writer, &reader].map(|drive| Block::new(drive).unwrap());
+}
+
+#[test]
+fn a_request_that_names_the_same_memory_over_and_over_is_refused_and_a_turn_has_an_end() {
+    let image = TempFile::sparse(1 << 30);
+    let block = Arc::new(Mutex::new(Block::new(&drive(&image, IoEngine::Sync)).unwrap()));
+    let mut driver = Driver::start(block, u64::MAX);
+    let mut head = 0u32.to_le_bytes().to_vec();
+    head.extend([0; 12]);
+    driver.write(HEAD, &head);
+    // 8 MiB each time: all of the buffers that there are.
+    let piece = for_driver(BUFFERS + 0x10_0000, 8 << 20);
+    let chain = |pieces: usize| {
+        [
+            vec![from_driver(HEAD, 16)],
+            vec![piece; pieces],
+            vec![for_driver(STATUS, 1)],
+        ]
+        .concat()
+    };
+    driver.put(0, &chain(9));
+    driver.put(0, &chain(1));
+    driver.put(0, &chain(1));
+    driver.turn(1);
+    // What cannot be is answered at no cost; then one that can, which is a turn of its own.
+    assert_eq!(driver.used(0), [(0, 1), (11, (8 << 20) + 1)]);
+    driver.turn(100);
+    assert_eq!(driver.used(0), [(14, (8 << 20) + 1)]);
+}

@@ -126,19 +126,21 @@ impl Uring {
         pushed.expect("there is an entry for each place");
     }
 
-    /// Lets the kernel begin what was started.
-    pub fn submit(&mut self) {
+    /// Lets the kernel begin what was started. False if it would not take all of it now.
+    #[must_use]
+    pub fn submit(&mut self) -> bool {
         while !self.ring.submission().is_empty() {
             match self.ring.submit() {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    // Want of kernel memory, or a ring full of completions: they come first, and call here again.
-                    tracing::warn!("io_uring takes no requests: {error}; trying again with the next");
-                    return;
+                    // Want of kernel memory, or a ring full of completions.
+                    tracing::debug!("io_uring takes no requests now: {error}");
+                    return false;
                 }
             }
         }
+        true
     }
 
     /// The eventfd was readable.
