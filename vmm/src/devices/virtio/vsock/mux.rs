@@ -11,8 +11,8 @@
 //! says one packet at a time, so that none keeps another waiting.
 //!
 //! What the guest can have us keep is bounded: [`MAX_CONNECTIONS`] connections, greetings and partings included, with
-//! [`BUFFER`](super::connection::BUFFER) bytes each, and [`MAX_RESETS`] answers to packets that belong to none. Whoever
-//! is to answer, a client its greeting, the guest a REQUEST or a SHUTDOWN, has [`PATIENCE`].
+//! [`BUFFER`](super::connection::BUFFER) bytes each, [`MAX_RESETS`] answers to packets that belong to none, and a line of
+//! [`MAX_LINE`] places. Whoever is to answer, a client its greeting, the guest a REQUEST or a SHUTDOWN, has [`PATIENCE`].
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Write};
@@ -39,6 +39,8 @@ use crate::devices::virtio::timer::Timer;
 pub const MAX_CONNECTIONS: usize = 1023;
 /// As many as the guest's queue has room for: what is beyond that it cannot have waited for.
 const MAX_RESETS: usize = 256;
+/// Places in the line of those with something to tell the guest, at most.
+pub const MAX_LINE: usize = 2 * MAX_CONNECTIONS;
 /// How long one waits for an answer, as Firecracker.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 /// Longest greeting: `CONNECT 4294967295` and the end of a line are 19 or 20 bytes. Firecracker reads as much.
@@ -160,6 +162,12 @@ impl Mux {
     #[cfg(test)]
     pub fn sockets(&self) -> usize {
         self.entries.len()
+    }
+
+    /// Places taken in the line of those with something to tell the guest.
+    #[cfg(test)]
+    pub fn line(&self) -> usize {
+        self.speakers.len()
     }
 
     /// Of one of the connections.
@@ -524,6 +532,11 @@ impl Mux {
     }
 
     fn speak(&mut self, token: u64) {
+        // Those who went while they stood in line are in it until the guest listens, which it need not ever do. There are at
+        // most MAX_CONNECTIONS who have not gone, so that this comes once in as many calls at most.
+        if self.speakers.len() >= MAX_LINE {
+            self.speakers.retain(|token| self.entries.contains_key(token));
+        }
         if let Some(entry) = self.entries.get_mut(&token)
             && !std::mem::replace(&mut entry.speaks, true)
         {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::connection::BUFFER;
-use super::mux::{MAX_CONNECTIONS, PATIENCE};
+use super::mux::{MAX_CONNECTIONS, MAX_LINE, PATIENCE};
 use super::packet::{HOST_CID, Op, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, STREAM};
 use super::*;
 use crate::devices::virtio::testing::{BUFFERS, Buffer, Driver, for_driver, from_driver};

@@ -155,6 +155,24 @@ fn storms_are_answered_once_or_not_at_all() {
     guest.connected_by_host(52);
 }
 
+/// Whoever is to be answered stands in line until the guest takes an answer, which it need not ever do.
+#[test]
+fn connections_that_come_and_go_unheard_leave_nothing_behind() {
+    let mut guest = Guest::new();
+    let listener = guest.listener(7);
+    guest.set_up_without_room();
+    for _ in 0..5 * MAX_CONNECTIONS {
+        guest.send(PORTS, Op::Request);
+        let _stream = listener.accept().unwrap();
+        guest.send(PORTS, Op::Reset);
+    }
+    assert_eq!(guest.sockets(), 0);
+    let line = guest.vsock.lock().unwrap().mux.line();
+    assert!(line <= MAX_LINE, "{line} places are taken by nobody");
+    guest.offer(RX_CHAINS);
+    guest.connected_by_guest(&listener, PORTS);
+}
+
 #[test]
 fn a_guest_that_sends_more_than_there_is_room_for_is_reset() {
     let mut guest = Guest::new();
