@@ -106,3 +106,41 @@ fn a_path_that_is_taken_stops_the_start_and_stays() {
     assert!(said.contains("v.sock: this file exists and is not a socket"), "{said}");
     assert_eq!(std::fs::read_to_string(&socket).expect("it is there"), "precious");
 }
+
+/// The kernel is read when the devices are there.
+#[test]
+fn a_start_that_fails_behind_the_device_leaves_no_socket() {
+    require_bed!(nohz_full);
+    let folder = Folder::new();
+    let socket = folder.join("v.sock");
+    let mut config = device(&socket);
+    config["boot-source"] = json!({ "kernel_image_path": folder.write("kernel", [0x5a; 8192]) });
+    let file = folder.write("config.json", config.to_string());
+    let arguments = ["--no-api".as_ref(), "--config-file".as_ref(), file.as_os_str()];
+    let (status, _, said) = tests::vm::Process::chronovisor(arguments).wait();
+    assert!(!status.success());
+    assert!(said.contains("kernel") && !said.contains("vsock"), "{said}");
+    assert_eq!(folder.names(), ["config.json", "kernel"]);
+}
+
+#[test]
+fn a_signal_that_ends_the_guest_takes_the_socket_along_and_ends_streams() {
+    require_bed!(nohz_full);
+    let folder = Folder::new();
+    let socket = folder.join("v.sock");
+    let mut vm = Vm::serve_debian("vsock-echo:52,poweroff", device(&socket));
+    vm.process.wait_for("chronovisor guest: vsock-echo 52: listening");
+    let mut stream = UnixStream::connect(&socket).expect("the device's socket");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a time");
+    stream.write_all(b"CONNECT 52\n").expect("it reads");
+    let mut line = String::new();
+    let mut reader = BufReader::new(stream.try_clone().expect("a second handle"));
+    reader.read_line(&mut line).expect("an answer");
+    assert!(line.starts_with("OK "), "{line}");
+    vm.process.signal(rustix::process::Signal::TERM);
+    let mut rest = Vec::new();
+    reader.read_to_end(&mut rest).expect("an end of file");
+    assert_eq!(rest, b"");
+    vm.process.wait();
+    assert!(!socket.exists(), "the socket goes with the process");
+}

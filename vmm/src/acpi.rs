@@ -308,6 +308,26 @@ mod tests {
     }
 
     #[test]
+    fn the_dsdt_names_each_virtio_device_with_its_window_and_interrupt() {
+        let memory = GuestMemory::new(1, HugePages::None).unwrap();
+        let windows = [0, 1, 14].map(|place| Window::nth(place).unwrap());
+        let rsdp = write(memory.view(), 1, &windows).unwrap();
+        let dsdt = &tables(&memory, rsdp)["DSDT"];
+        let count = |pattern: &[u8]| dsdt.windows(pattern.len()).filter(|at| *at == pattern).count();
+        assert_eq!(count(b"LNRO0005\0"), 3);
+        for (name, window) in [b"VR00", b"VR01", b"VR02"].iter().zip(windows) {
+            assert_eq!(count(*name), 1);
+            // Memory32Fixed, writable; Extended Interrupt, a consumer's, edge, high, exclusive, one (6.4.3.4, 6.4.3.6).
+            let mut resources = vec![0x86, 9, 0, 1];
+            resources.extend(u32::try_from(window.base).unwrap().to_le_bytes());
+            resources.extend(0x1000u32.to_le_bytes());
+            resources.extend([0x89, 6, 0, 0b0011, 1]);
+            resources.extend(window.irq.to_le_bytes());
+            assert_eq!(count(&resources), 1, "{window:?}");
+        }
+    }
+
+    #[test]
     fn the_dsdt_has_the_sleep_type_that_powers_off() {
         let (memory, rsdp) = memory_with_tables(1);
         let dsdt = &tables(&memory, rsdp)["DSDT"];

@@ -17,7 +17,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
 use serde::Serialize;
@@ -36,6 +36,9 @@ const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
 /// Bytes moved for one notification: then others have their turn. A flush counts as a quarter.
 const TURN: u64 = 8 << 20;
+/// How often, and how far apart, a file that somebody has is asked for.
+const LOCK_TRIES: u32 = 20;
+const LOCK_WAIT: Duration = Duration::from_millis(10);
 /// Pieces of memory in one request: all of a queue, less its head and its status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
@@ -186,12 +189,18 @@ impl Disk {
         } else {
             rustix::fs::FlockOperation::NonBlockingLockExclusive
         };
-        // Goes with the descriptor. A file system that knows no locks has none to be held.
-        if rustix::fs::flock(&file, lock) == Err(rustix::io::Errno::WOULDBLOCK) {
-            return Err(BlockError::InUse {
-                drive: drive.into(),
-                path: path.into(),
-            });
+        // Goes with the descriptor, and whoever has a copy of it: io_uring for an instant longer than its ring, a child until it
+        // executes. A file system that knows no locks has none to be held.
+        let mut tries = 0;
+        while rustix::fs::flock(&file, lock) == Err(rustix::io::Errno::WOULDBLOCK) {
+            tries += 1;
+            if tries > LOCK_TRIES {
+                return Err(BlockError::InUse {
+                    drive: drive.into(),
+                    path: path.into(),
+                });
+            }
+            std::thread::sleep(LOCK_WAIT);
         }
         // A block device has its length where its end is.
         let mut disk = Self {

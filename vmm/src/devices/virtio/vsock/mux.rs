@@ -30,7 +30,7 @@ use rustix::net::RecvFlags;
 use super::connection::{Connection, Next, Verdict};
 use super::metrics::{VsockMetrics, count};
 use super::packet::{HOST_CID, Header, Op, Ports, STREAM};
-use super::socket::Socket;
+use super::socket::{Socket, port_of};
 use super::stream::{flush, read_into, write_through};
 use crate::devices::virtio::queue::Buffers;
 use crate::devices::virtio::timer::Timer;
@@ -597,12 +597,4 @@ impl Mux {
         }
         self.remove(token);
     }
-}
-
-/// The port of `CONNECT port`, as Firecracker reads it.
-fn port_of(line: &[u8]) -> Option<u32> {
-    let mut words = std::str::from_utf8(line).ok()?.split_whitespace();
-    let connect = words.next()?.eq_ignore_ascii_case("connect");
-    let port = words.next()?.parse().ok()?;
-    connect.then_some(port)
 }

@@ -92,6 +92,15 @@ impl Drop for Socket {
     }
 }
 
+/// The port of `CONNECT port`, as Firecracker reads it.
+#[must_use]
+pub fn port_of(line: &[u8]) -> Option<u32> {
+    let mut words = std::str::from_utf8(line).ok()?.split_whitespace();
+    let connect = words.next()?.eq_ignore_ascii_case("connect");
+    let port = words.next()?.parse().ok()?;
+    connect.then_some(port)
+}
+
 fn socket() -> rustix::io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
