@@ -37,7 +37,7 @@ const BEDS: [Bed; 3] = [Bed::Anywhere, Bed::Kvm, Bed::NohzFull];
 /// One at a time, for they measure time; and the output of those that pass, for they may say that they were skipped.
 const HARNESS: [&str; 2] = ["--test-threads=1", "--show-output"];
 /// A run takes minutes; in this time a hung one is given up.
-const NOHZ_FULL_LIMIT: Duration = Duration::from_secs(1200);
+const NOHZ_FULL_LIMIT: Duration = Duration::from_secs(2400);
 /// Starts the line that ends a test program's output in the emulated host, its exit status behind it. No test prints it.
 const MARK: char = '\x01';
 
