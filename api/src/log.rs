@@ -8,10 +8,8 @@
 //! ```
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, Result};
@@ -26,7 +24,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 use vmm::config::{Level, Logger};
-use vmm::log::{LogError, LogSink};
+use vmm::log::{LogError, LogSink, append_to};
 
 use crate::cli::Log;
 
@@ -73,7 +71,7 @@ pub fn start(log: &Log, id: &str) -> Result<LogSink> {
     let file = log
         .log_path
         .as_deref()
-        .map(|path| open(path).with_context(|| format!("--log-path {}: cannot be opened", path.display())));
+        .map(|path| append_to(path).with_context(|| format!("--log-path {}: cannot be opened", path.display())));
     let file = file.transpose()?;
     let level = log.level.unwrap_or(if file.is_some() {
         LevelFilter::INFO
@@ -97,7 +95,7 @@ pub fn start(log: &Log, id: &str) -> Result<LogSink> {
 }
 
 fn configure<S>(logger: &Logger, place: &Shared, wanted: &reload::Handle<Wanted, S>) -> Result<(), LogError> {
-    let file = logger.log_path.as_deref().map(open).transpose()?;
+    let file = logger.log_path.as_deref().map(append_to).transpose()?;
     let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
     place.file = file.or(place.file.take());
     place.show_level = logger.show_level.unwrap_or(place.show_level);
@@ -108,16 +106,6 @@ fn configure<S>(logger: &Logger, place: &Shared, wanted: &reload::Handle<Wanted,
         wanted.module = logger.module.clone().or(wanted.module.take());
     });
     changed.map_err(|error| LogError(io::Error::other(error)))
-}
-
-fn open(path: &Path) -> io::Result<File> {
-    // A fifo opened for reading too does not wait for its reader; O_NONBLOCK: a full one loses lines, not time.
-    OpenOptions::new()
-        .read(true)
-        .append(true)
-        .create(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
 }
 
 /// The level's filter.

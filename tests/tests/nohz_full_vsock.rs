@@ -16,6 +16,18 @@ fn device(socket: &Path) -> Value {
     json!({ "vsock": { "guest_cid": 3, "uds_path": socket } })
 }
 
+/// A stream to the guest's port 52, that the guest has taken.
+fn connect(socket: &Path) -> (UnixStream, BufReader<UnixStream>) {
+    let mut stream = UnixStream::connect(socket).expect("the device's socket");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a time");
+    stream.write_all(b"CONNECT 52\n").expect("it reads");
+    let mut reader = BufReader::new(stream.try_clone().expect("a second handle"));
+    let mut line = String::new();
+    reader.read_line(&mut line).expect("an answer");
+    assert!(line.starts_with("OK "), "{line}");
+    (stream, reader)
+}
+
 /// As the guest sums (FNV-1a).
 fn fnv(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, &byte| {
@@ -30,13 +42,7 @@ fn a_stream_by_the_host_reaches_the_guests_port_and_comes_back_unchanged() {
     let socket = folder.join("v.sock");
     let mut vm = Vm::serve_debian("vsock-echo:52,poweroff", device(&socket));
     vm.process.wait_for("chronovisor guest: vsock-echo 52: listening");
-    let mut stream = UnixStream::connect(&socket).expect("the device's socket");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a time");
-    stream.write_all(b"CONNECT 52\n").expect("it reads");
-    let mut reader = BufReader::new(stream.try_clone().expect("a second handle"));
-    let mut line = String::new();
-    reader.read_line(&mut line).expect("an answer");
-    assert!(line.starts_with("OK "), "{line}");
+    let (mut stream, mut reader) = connect(&socket);
 
     let sent: Vec<u8> = (0..TOTAL).map(|at| (at * 31 + at / 251).to_le_bytes()[0]).collect();
     let came = std::thread::scope(|scope| {
@@ -130,13 +136,7 @@ fn a_signal_that_ends_the_guest_takes_the_socket_along_and_ends_streams() {
     let socket = folder.join("v.sock");
     let mut vm = Vm::serve_debian("vsock-echo:52,poweroff", device(&socket));
     vm.process.wait_for("chronovisor guest: vsock-echo 52: listening");
-    let mut stream = UnixStream::connect(&socket).expect("the device's socket");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a time");
-    stream.write_all(b"CONNECT 52\n").expect("it reads");
-    let mut line = String::new();
-    let mut reader = BufReader::new(stream.try_clone().expect("a second handle"));
-    reader.read_line(&mut line).expect("an answer");
-    assert!(line.starts_with("OK "), "{line}");
+    let (_stream, mut reader) = connect(&socket);
     vm.process.signal(rustix::process::Signal::TERM);
     let mut rest = Vec::new();
     reader.read_to_end(&mut rest).expect("an end of file");

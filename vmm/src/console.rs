@@ -8,10 +8,9 @@
 //! Input is read when there is some, and no further once the guest has no room, until it has. At its end, or an error, it is
 //! forgotten: a closed terminal is no reason to end a guest.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,6 +23,7 @@ use crate::config::{self, Serial};
 use crate::devices::SerialPort;
 use crate::devices::ring::OutputRing;
 use crate::devices::virtio::rate_limiter::RateLimiter;
+use crate::log::append_to;
 
 /// How long the last words of a guest wait for a reader who does not read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -44,15 +44,6 @@ impl Output {
     /// # Errors
     /// The file cannot be opened, or there is no descriptor for the limiter.
     pub(crate) fn open(serial: &Serial) -> std::io::Result<Self> {
-        // As the log's: a fifo needs no reader, and one that is full loses output.
-        let open = |path| {
-            OpenOptions::new()
-                .read(true)
-                .append(true)
-                .create(true)
-                .custom_flags(libc::O_NONBLOCK)
-                .open(path)
-        };
         let limit = serial.rate_limiter.map(|bandwidth| {
             RateLimiter::new(Some(config::RateLimiter {
                 bandwidth: Some(bandwidth),
@@ -60,7 +51,7 @@ impl Output {
             }))
         });
         Ok(Self {
-            file: serial.serial_out_path.as_ref().map(open).transpose()?,
+            file: serial.serial_out_path.as_deref().map(append_to).transpose()?,
             limit: limit.transpose()?,
         })
     }

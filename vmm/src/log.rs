@@ -1,7 +1,10 @@
-//! `/logger`: who writes the log is the program's to know; here is only the way to it.
+//! `/logger`: who writes the log is the program's to know; here is only the way to it, and to files that grow line by line.
 
 use std::fmt;
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use crate::config::Logger;
 
@@ -9,6 +12,20 @@ use crate::config::Logger;
 #[derive(Debug, thiserror::Error)]
 #[error("Failed to open target file: {0}")]
 pub struct LogError(#[from] pub io::Error);
+
+/// Opens a file or fifo that output is added to: the log, metrics, the serial port's.
+///
+/// # Errors
+/// What the system said.
+pub fn append_to(path: &Path) -> io::Result<File> {
+    // A fifo opened for reading too does not wait for its reader; O_NONBLOCK: a full one loses output, not time.
+    OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+}
 
 type Configure = dyn Fn(&Logger) -> Result<(), LogError> + Send;
 

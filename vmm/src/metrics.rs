@@ -7,9 +7,8 @@
 //! A line that cannot be written (a fifo nobody reads) is lost, and what it would have told is in the next one. One of which only a
 //! part could be written is ended before the next: a reader of lines finds one that is no JSON.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, SystemTime};
 
 use accounting::Reading;
@@ -50,14 +49,7 @@ pub(crate) struct MetricsFile {
 
 impl MetricsFile {
     pub(crate) fn open(config: &Metrics) -> Result<Self, MetricsError> {
-        // A fifo opened for reading too does not wait for its reader; O_NONBLOCK: a full one loses lines, not time.
-        let file = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(&config.metrics_path)
-            .map_err(MetricsError::Open)?;
+        let file = crate::log::append_to(&config.metrics_path).map_err(MetricsError::Open)?;
         Ok(Self {
             file,
             told: Value::Null,

@@ -1,23 +1,22 @@
 //! The block device (5.2): a raw file, or a block device of the host's, as a disk of 512-byte sectors.
 //!
-//! Requests are parsed in `request.rs` and reach the file by one of two engines: `sync.rs`, one after the other, or
+//! Requests are parsed in `request.rs` and reach the file (`disk.rs`) by one of two engines: `sync.rs`, one after the other, or
 //! `uring.rs`, many at once. Bounds are exact to the sector; a request that leaves them, or a file that fails, is answered by
 //! its status byte, and nothing else is changed by it.
 //!
 //! `cache_type` Writeback offers the driver a flush, which is an `fdatasync`; Unsafe offers none, as Firecracker's does, and a
 //! driver that flushes all the same is told that it is done.
 
+mod disk;
 mod request;
 mod sync;
 mod uring;
 
-use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use event_manager::EventSet;
 use serde::Serialize;
@@ -27,6 +26,7 @@ use super::queue::QueueError;
 use super::rate_limiter::RateLimiter;
 use super::{Active, Complaints, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, count};
 use crate::config::{self, CacheType, Drive, IoEngine};
+use disk::Disk;
 use request::{Kind, Request};
 use uring::Uring;
 
@@ -36,9 +36,6 @@ const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
 /// Bytes moved for one notification: then others have their turn. A flush counts as a quarter.
 const TURN: u64 = 8 << 20;
-/// How often, and how far apart, a file that somebody has is asked for.
-const LOCK_TRIES: u32 = 20;
-const LOCK_WAIT: Duration = Duration::from_millis(10);
 /// Pieces of memory in one request: all of a queue, less its head and its status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
@@ -152,108 +149,6 @@ pub struct BlockMetrics {
     pub rate_limiter_throttled_events: AtomicU64,
 }
 
-/// The file behind a disk.
-#[derive(Debug)]
-struct Disk {
-    file: Arc<File>,
-    sectors: u64,
-    id: [u8; 20],
-}
-
-impl Disk {
-    fn open(drive: &str, path: &Path, read_only: bool) -> Result<Self, BlockError> {
-        let cannot = |source| BlockError::Open {
-            drive: drive.into(),
-            path: path.into(),
-            source,
-        };
-        // Not blocking: opening a named pipe would wait for its other end.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(cannot)?;
-        let metadata = file.metadata().map_err(cannot)?;
-        let kind = metadata.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(BlockError::NotADisk {
-                drive: drive.into(),
-                path: path.into(),
-            });
-        }
-        // io_uring would take it for a wish to have EAGAIN rather than to wait for the disk.
-        rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::empty()).map_err(|e| cannot(e.into()))?;
-        let lock = if read_only {
-            rustix::fs::FlockOperation::NonBlockingLockShared
-        } else {
-            rustix::fs::FlockOperation::NonBlockingLockExclusive
-        };
-        // Goes with the descriptor, and whoever has a copy of it: io_uring for an instant longer than its ring, a child until it
-        // executes. A file system that knows no locks has none to be held.
-        let mut tries = 0;
-        while rustix::fs::flock(&file, lock) == Err(rustix::io::Errno::WOULDBLOCK) {
-            tries += 1;
-            if tries > LOCK_TRIES {
-                return Err(BlockError::InUse {
-                    drive: drive.into(),
-                    path: path.into(),
-                });
-            }
-            std::thread::sleep(LOCK_WAIT);
-        }
-        // A block device has its length where its end is.
-        let mut disk = Self {
-            id: id(metadata.dev(), metadata.rdev(), metadata.ino()),
-            sectors: 0,
-            file: Arc::new(file),
-        };
-        disk.sectors = disk.length(drive, path)? / SECTOR;
-        Ok(disk)
-    }
-
-    /// The file's length in bytes, now.
-    fn length(&self, drive: &str, path: &Path) -> Result<u64, BlockError> {
-        let len = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::End(0)).map_err(|e| BlockError::Open {
-            drive: drive.into(),
-            path: path.into(),
-            source: e.into(),
-        })?;
-        if len < SECTOR {
-            return Err(BlockError::TooSmall {
-                drive: drive.into(),
-                path: path.into(),
-                len,
-            });
-        }
-        if len % SECTOR != 0 {
-            tracing::warn!(
-                "drive {drive}: the last {} bytes of {} make no sector: the guest does not see them",
-                len % SECTOR,
-                path.display()
-            );
-        }
-        Ok(len)
-    }
-
-    /// Whether `path` names this very file.
-    fn is_at(&self, path: &Path) -> bool {
-        let key = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
-        let (there, ours) = (path.metadata(), self.file.metadata());
-        there.is_ok_and(|there| ours.is_ok_and(|ours| key(there) == key(ours)))
-    }
-}
-
-/// What the driver gets for the disk's serial number: the file's own, as Firecracker's, cut to what there is room for.
-fn id(dev: u64, rdev: u64, ino: u64) -> [u8; 20] {
-    let text = format!("{dev}{rdev}{ino}");
-    let mut id = [0; 20];
-    for (to, from) in id.iter_mut().zip(text.bytes()) {
-        *to = from;
-    }
-    id
-}
-
 #[derive(Debug)]
 enum Engine {
     Sync,
@@ -328,11 +223,7 @@ impl Block {
     pub fn set_file(&mut self, path: &Path) -> Result<(), BlockError> {
         let disk = if self.disk.is_at(path) {
             // It is locked, by us.
-            Disk {
-                file: Arc::clone(&self.disk.file),
-                sectors: self.disk.length(&self.drive, path)? / SECTOR,
-                ..self.disk
-            }
+            self.disk.measured(&self.drive, path)?
         } else {
             Disk::open(&self.drive, path, self.read_only)?
         };
@@ -355,9 +246,10 @@ impl Block {
         self.limiter.update(config, Instant::now());
     }
 
-    /// What the driver thinks safe once it flushes has to be so in a file that it will not flush any more.
+    /// What the driver thinks safe once it flushes has to be so in a file that it will not flush any more. A file that nothing was
+    /// written to is left alone: making others' writes safe may take its time.
     fn make_safe(&self) -> std::io::Result<()> {
-        if self.cache == CacheType::Writeback && !self.read_only {
+        if self.cache == CacheType::Writeback && self.metrics.write_count.load(Ordering::Relaxed) > 0 {
             self.disk.file.sync_data()?;
         }
         Ok(())

@@ -1,4 +1,5 @@
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -401,4 +402,19 @@ fn a_request_that_names_the_same_memory_over_and_over_is_refused_and_a_turn_has_
     assert_eq!(driver.used(0), [(0, 1), (11, (8 << 20) + 1)]);
     driver.turn(100);
     assert_eq!(driver.used(0), [(14, (8 << 20) + 1)]);
+}
+
+#[test]
+fn a_flush_is_offered_and_done_by_writeback_only() {
+    for (cache_type, offered, done) in [(CacheType::Writeback, F_FLUSH, 1), (CacheType::Unsafe, 0, 0)] {
+        let mut disk = Setup::with(2, |drive| drive.cache_type = cache_type, IoEngine::Sync);
+        assert_eq!(disk.block.lock().unwrap().features() & F_FLUSH, offered);
+        assert_eq!(
+            disk.ask(4, 0, &[]),
+            (S_OK, 1),
+            "a driver that flushes all the same is told that it is done"
+        );
+        let flushes = disk.block.lock().unwrap().metrics.flush_count.load(Ordering::Relaxed);
+        assert_eq!(flushes, done, "{cache_type:?}");
+    }
 }

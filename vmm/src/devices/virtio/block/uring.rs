@@ -189,7 +189,10 @@ impl Uring {
             match self.ring.submit_and_wait(1) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => tracing::warn!("waiting for a disk: {error}"),
+                Err(error) => {
+                    tracing::debug!("waiting for a disk: {error}");
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
             }
             loop {
                 let Some(entry) = self.ring.completion().next() else {
