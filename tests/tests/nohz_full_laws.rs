@@ -249,11 +249,12 @@ fn reading_at_full_speed_restarts_no_tick_and_interrupts_nobody() {
         );
         let ticks = 5_000_000_000 / tick_ns();
         assert!(read.0 * 100 < ticks * 2, "the tick ran: {} of {ticks}", read.0);
-        // A stray call may come at any time, from a kernel thread that has nothing to do with us; had one reading in ten thousand
-        // sent one, there would be more than these.
-        const STRAY: u64 = 3;
+        // Stray calls come at any time, from kernel threads that have nothing to do with us: up to three in 5 s were seen with nobody
+        // reading. Had one reading in ten thousand sent one, there would be twice as many as these. That a look, which a
+        // reading takes once a second, sends none is `to_look_disturbs_nobody`'s to show.
+        let stray = readings / 20_000;
         assert!(
-            read.1 <= idle.1 + STRAY,
+            read.1 <= idle.1 + stray,
             "{} function calls, {} with nobody reading",
             read.1,
             idle.1
