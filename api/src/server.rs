@@ -70,21 +70,22 @@ impl Server {
             (unix, listeners.tcp.map(tokio::net::TcpListener::from_std).transpose()?)
         };
         let (stop, stopped) = oneshot::channel();
+        let keep_off = {
+            let backend = backend.clone();
+            move || keep_off_vcpus(&host, &*backend)
+        };
+        let shared = Shared::new(backend, {
+            let keep_off = keep_off.clone();
+            move || {
+                keep_off();
+                started();
+            }
+        });
+        // Made here: the memory that reading the command line has left free is used again, a new thread's has to be had first.
+        let router = routes::router(shared.when_moved(keep_off.clone()), limits);
         let thread = std::thread::Builder::new().name("api".to_owned()).spawn(move || {
-            let keep_off = {
-                let backend = backend.clone();
-                move || keep_off_vcpus(&host, &*backend)
-            };
             keep_off();
-            let shared = Shared::new(backend, {
-                let keep_off = keep_off.clone();
-                move || {
-                    keep_off();
-                    started();
-                }
-            });
-            let shared = shared.when_moved(keep_off);
-            runtime.block_on(accept(unix, tcp, routes::router(shared, limits), stopped));
+            runtime.block_on(accept(unix, tcp, router, stopped));
             runtime.shutdown_background();
         })?;
         Ok(Self {

@@ -6,8 +6,8 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use accounting::host::{CpuSet, HostCpus, run_on};
@@ -32,7 +32,7 @@ pub(crate) struct Inbox {
     pub wake: Arc<EventFd>,
 }
 
-/// Starts the thread. Everything that can fail is done before this returns.
+/// Starts the thread. What fails on it is the microVM's [`End`].
 pub(crate) fn spawn(
     options: Options,
     cpus: Arc<HostCpus>,
@@ -63,16 +63,17 @@ pub(crate) fn spawn(
         log,
     };
 
-    let (ready, made) = mpsc::sync_channel(1);
-    let thread = std::thread::Builder::new().name("vmm".into()).spawn(move || {
+    // Nobody waits until it runs: a client waits for the API meanwhile, and requests queue.
+    std::thread::Builder::new().name("vmm".into()).spawn(move || {
         // The event manager holds its subscribers by Rc, so it is made on its own thread.
         let prepared = run_on(&around.cpus.housekeeping(&CpuSet::new()))
             .and_then(|()| EventManager::new().map_err(io::Error::other));
         let manager = match prepared {
             Ok(manager) => manager,
             Err(e) => {
-                let _ = ready.send(Err(e));
-                return End::Stopped;
+                return End::KvmError(format!(
+                    "the VMM cannot make its event loop: {e}; raise its limit of open files"
+                ));
             }
         };
         let control = Control {
@@ -82,12 +83,8 @@ pub(crate) fn spawn(
             happening: wake,
             metrics: None,
         };
-        let _ = ready.send(Ok(()));
         run(manager, control, console)
-    })?;
-    made.recv()
-        .unwrap_or_else(|_| Err(io::Error::other("the VMM thread ended at once")))?;
-    Ok(thread)
+    })
 }
 
 type Subscriber = Rc<RefCell<dyn MutEventSubscriber>>;

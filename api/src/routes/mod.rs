@@ -108,7 +108,7 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
     if let Some(requests) = shared.backend.requests() {
         count::begin(requests);
     }
-    Router::new()
+    let routes = Router::new()
         .route("/", get(vm::info))
         .route("/version", get(vm::version))
         .route("/vm", patch(vm::patch_state))
@@ -160,8 +160,11 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
         .route("/host", get(host::get))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
-        .layer(middleware::from_fn_with_state((shared.clone(), limits), admit))
-        .with_state(shared)
+        .with_state(shared.clone());
+    // Around all routes at once: axum wraps each route by itself in a layer of its own router.
+    Router::new()
+        .fallback_service(routes)
+        .layer(middleware::from_fn_with_state((shared, limits), admit))
 }
 
 async fn unknown(request: Request) -> Fault {
