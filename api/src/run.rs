@@ -14,7 +14,7 @@ use rustix::time::ClockId;
 use vmm::config::{BootSource, Entropy, HugePages, MachineConfig, Metrics};
 use vmm::log::LogSink;
 use vmm::mmds::data::DEFAULT_LIMIT_BYTES;
-use vmm::{Action, ActionError, Options, Reply, Vmm, VmmHandle};
+use vmm::{Action, ActionError, Options, Reply, Unstarted, VmmHandle};
 
 use crate::cli::{Run, Serve, StartTimes};
 use crate::console::{self, Typing};
@@ -169,6 +169,11 @@ fn by_flag(error: &ActionError) -> String {
 
 fn launch(plan: Plan) -> Result<u8> {
     let blocked = signals::block().context("the signals that end it cannot be blocked")?;
+    let served = plan.unix.is_some() || plan.tcp.is_some();
+    let server = served
+        .then(Server::spawn)
+        .transpose()
+        .context("the API's thread cannot be started")?;
     let (unix, socket_file) = plan.unix.as_deref().map(socket::bind).transpose()?.unzip();
     let tcp = plan.tcp.map(socket::bind_tcp).transpose()?;
     let (typing, console) = console::open().context("the guest's console cannot be opened")?;
@@ -179,24 +184,37 @@ fn launch(plan: Plan) -> Result<u8> {
         log: plan.log,
         mmds_limit_bytes: plan.mmds_limit_bytes,
     };
-    let (vmm, handle) = Vmm::spawn(options).context("the VMM's thread cannot be started")?;
+    let (vmm, handle) = Unstarted::new().context("the VMM cannot be made")?;
     let session = Arc::new(Session {
         handle: handle.clone(),
         typing: Mutex::new(Some(typing)),
         ending: Mutex::default(),
         socket_file: socket_file.as_ref().map_or_else(Weak::new, Arc::downgrade),
     });
+    // A guest given on the command line is started before the API is served: nobody configures it in between. Otherwise the API
+    // comes first, for whoever spawned this waits for it: requests wait for the VMM's thread.
+    let (steps, start) = match plan.configure {
+        Configure::AndStart(steps) => (steps, true),
+        Configure::Only(steps) => (steps, false),
+    };
+    let at_once = !start && steps.is_empty();
+    let open = || {
+        let Some(server) = &server else { return Ok(()) };
+        let session = session.clone();
+        let started = move || session.open_console();
+        let opened = server.open(Listeners { unix, tcp }, Arc::new(handle.clone()), plan.limits, started);
+        opened.context("the API cannot be served")?;
+        report_start(&handle, plan.started);
+        anyhow::Ok(())
+    };
+    let open = if at_once { open().map(|()| None)? } else { Some(open) };
+    let vmm = vmm.start(options).context("the VMM's thread cannot be started")?;
     signals::watch(blocked, {
         let session = session.clone();
         move |signal| session.stop(Asked::Signal(signal))
     })
     .context("the thread that waits for signals cannot be started")?;
 
-    // A guest given on the command line is started before the API is served: nobody configures it in between.
-    let (steps, start) = match plan.configure {
-        Configure::AndStart(steps) => (steps, true),
-        Configure::Only(steps) => (steps, false),
-    };
     for Step { name, action } in steps.into_iter().chain(start.then(|| Step::new("", Action::Start))) {
         let refused = |error| anyhow::Error::msg(Step::in_words(&name, &(plan.in_words)(&error)));
         handle.request(action).map_err(refused)?;
@@ -204,20 +222,9 @@ fn launch(plan: Plan) -> Result<u8> {
     if start {
         session.open_console();
     }
-    let server = if unix.is_some() || tcp.is_some() {
-        let started = {
-            let session = session.clone();
-            move || session.open_console()
-        };
-        let listeners = Listeners { unix, tcp };
-        let cpus = Arc::clone(handle.host_cpus());
-        let server = Server::spawn(listeners, Arc::new(handle), cpus, plan.limits, started);
-        let server = server.context("the API's thread cannot be started")?;
-        report_start(&session.handle, plan.started);
-        Some(server)
-    } else {
-        None
-    };
+    if let Some(open) = open {
+        open()?;
+    }
 
     let end = vmm.join();
     drop(server);

@@ -6,7 +6,7 @@
 use std::io;
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -40,63 +40,124 @@ pub struct Listeners {
     pub tcp: Option<TcpListener>,
 }
 
-/// The running server. Dropping it stops it: nothing more is accepted, requests under way may finish.
+/// The server. It serves once it is opened; dropping it stops it: nothing more is accepted, requests under way may finish.
 #[derive(Debug)]
 pub struct Server {
+    open: Option<mpsc::Sender<Opened>>,
+    /// Whether it serves.
+    serves: mpsc::Receiver<io::Result<()>>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// What serving waits for.
+struct Opened {
+    listeners: Listeners,
+    router: Router,
+    backend: Arc<dyn Backend>,
+    cpus: Arc<OnceLock<HostCpus>>,
+}
+
 impl Server {
-    /// Serves `backend` on `listeners`, on a thread named `api`. `started` is called on that thread once the guest has been
-    /// started over the API. `host` is the host's CPUs as they were before any thread was confined to some of them.
+    /// Starts a thread named `api` that makes ready to serve. To be called before the calling thread confines itself to some
+    /// CPUs, for this one takes its CPUs for the process's.
+    ///
+    /// Whoever spawned this program waits for its API: its thread makes ready while the caller does what must be done before.
     ///
     /// # Errors
-    /// The thread, or its runtime, could not be made.
-    pub fn spawn(
+    /// The thread could not be made.
+    pub fn spawn() -> io::Result<Self> {
+        let (open, opened) = mpsc::channel();
+        let (serving, serves) = mpsc::channel();
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::Builder::new().name("api".to_owned()).spawn(move || {
+            let prepared = HostCpus::read().and_then(|host| {
+                let mut runtime = tokio::runtime::Builder::new_current_thread();
+                Ok((host, runtime.enable_io().enable_time().build()?))
+            });
+            // Dropped before it was opened.
+            let Ok(Opened {
+                listeners,
+                router,
+                backend,
+                cpus,
+            }) = opened.recv()
+            else {
+                return;
+            };
+            let listening = prepared.and_then(|(host, runtime)| {
+                let host = cpus.get_or_init(|| host);
+                keep_off_vcpus(host, &*backend);
+                let _in_runtime = runtime.enter();
+                let unix = listeners.unix.map(tokio::net::UnixListener::from_std).transpose()?;
+                let tcp = listeners.tcp.map(tokio::net::TcpListener::from_std).transpose()?;
+                Ok((runtime, unix, tcp))
+            });
+            let (runtime, unix, tcp) = match listening {
+                Ok(listening) => listening,
+                Err(error) => return drop(serving.send(Err(error))),
+            };
+            // The opener waits for it.
+            let _ = serving.send(Ok(()));
+            runtime.block_on(accept(unix, tcp, router, stopped));
+            runtime.shutdown_background();
+        })?;
+        Ok(Self {
+            open: Some(open),
+            serves,
+            stop: Some(stop),
+            thread: Some(thread),
+        })
+    }
+
+    /// Serves `backend` on `listeners`; to be called once. `started` is called on the server's thread once the guest has been
+    /// started over the API.
+    ///
+    /// # Errors
+    /// The host's CPUs could not be read, or no runtime be made that takes the sockets.
+    pub fn open(
+        &self,
         listeners: Listeners,
         backend: Arc<dyn Backend>,
-        host: Arc<HostCpus>,
         limits: Limits,
         started: impl Fn() + Send + Sync + 'static,
-    ) -> io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .enable_time()
-            .build()?;
-        let (unix, tcp) = {
-            let _in_runtime = runtime.enter();
-            let unix = listeners.unix.map(tokio::net::UnixListener::from_std).transpose()?;
-            (unix, listeners.tcp.map(tokio::net::TcpListener::from_std).transpose()?)
-        };
-        let (stop, stopped) = oneshot::channel();
+    ) -> io::Result<()> {
+        let cpus = Arc::new(OnceLock::new());
         let keep_off = {
-            let backend = backend.clone();
-            move || keep_off_vcpus(&host, &*backend)
+            let (backend, cpus) = (Arc::clone(&backend), Arc::clone(&cpus));
+            move || {
+                if let Some(cpus) = cpus.get() {
+                    keep_off_vcpus(cpus, &*backend);
+                }
+            }
         };
-        let shared = Shared::new(backend, {
+        let shared = Shared::new(Arc::clone(&backend), {
             let keep_off = keep_off.clone();
             move || {
                 keep_off();
                 started();
             }
         });
-        // Made here: the memory that reading the command line has left free is used again, a new thread's has to be had first.
-        let router = routes::router(shared.when_moved(keep_off.clone()), limits);
-        let thread = std::thread::Builder::new().name("api".to_owned()).spawn(move || {
-            keep_off();
-            runtime.block_on(accept(unix, tcp, router, stopped));
-            runtime.shutdown_background();
-        })?;
-        Ok(Self {
-            stop: Some(stop),
-            thread: Some(thread),
-        })
+        let router = routes::router(shared.when_moved(keep_off), limits);
+        let gone = || io::Error::other("its thread ended at once");
+        let opened = Opened {
+            listeners,
+            router,
+            backend,
+            cpus,
+        };
+        self.open
+            .as_ref()
+            .and_then(|open| open.send(opened).ok())
+            .ok_or_else(gone)?;
+        self.serves.recv().map_err(|_| gone())?
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // Unopened, the thread still waits for this.
+        drop(self.open.take());
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
             // A panic of the thread has been reported by the panic hook.
@@ -218,17 +279,12 @@ mod tests {
             let scratch = Scratch::new();
             let (unix, file) = socket::bind(&scratch.path("s")).unwrap();
             let backend = Arc::new(Fake::new(RunState::Running));
-            let server = Server::spawn(
-                Listeners {
-                    unix: Some(unix),
-                    tcp: None,
-                },
-                backend,
-                Arc::new(HostCpus::read().unwrap()),
-                limits,
-                || {},
-            )
-            .unwrap();
+            let listeners = Listeners {
+                unix: Some(unix),
+                tcp: None,
+            };
+            let server = Server::spawn().unwrap();
+            server.open(listeners, backend, limits, || {}).unwrap();
             Self {
                 scratch,
                 server,
@@ -401,14 +457,8 @@ mod tests {
             unix: None,
             tcp: Some(tcp),
         };
-        let _server = Server::spawn(
-            listeners,
-            backend,
-            Arc::new(HostCpus::read().unwrap()),
-            Limits::default(),
-            || {},
-        )
-        .unwrap();
+        let server = Server::spawn().unwrap();
+        server.open(listeners, backend, Limits::default(), || {}).unwrap();
         let mut stream = std::net::TcpStream::connect(address).unwrap();
         stream
             .write_all(b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n")

@@ -100,7 +100,6 @@ pub struct VmmHandle {
     requests: Sender<Request>,
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
-    cpus: Arc<HostCpus>,
 }
 
 impl VmmHandle {
@@ -134,12 +133,6 @@ impl VmmHandle {
     #[must_use]
     pub fn accounts(&self) -> &Accounts {
         &self.shared.accounts
-    }
-
-    /// The host's CPUs, read before any thread of ours was confined to some of them.
-    #[must_use]
-    pub fn host_cpus(&self) -> &Arc<HostCpus> {
-        &self.cpus
     }
 
     /// Where the API counts its requests.
@@ -194,18 +187,19 @@ impl std::fmt::Debug for ReplyTo {
     }
 }
 
-/// The VMM thread's handle: join it to learn how the VM ended.
+/// A microVM whose thread is not running yet: what its handles send waits.
 #[derive(Debug)]
-pub struct Vmm {
-    thread: JoinHandle<End>,
+pub struct Unstarted {
+    inbox: event_loop::Inbox,
+    shared: Arc<Shared>,
 }
 
-impl Vmm {
-    /// Starts the VMM thread (named `vmm`). The calling thread's affinity is taken for the process's.
+impl Unstarted {
+    /// A microVM and a handle of it.
     ///
     /// # Errors
-    /// The thread, its epoll or one of its descriptors could not be made, or the host's CPUs not be read.
-    pub fn spawn(options: Options) -> std::io::Result<(Self, VmmHandle)> {
+    /// A descriptor could not be made.
+    pub fn new() -> std::io::Result<(Self, VmmHandle)> {
         let shared = Arc::new(Shared::default());
         let (requests, incoming) = channel();
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
@@ -213,11 +207,36 @@ impl Vmm {
             requests,
             wake: Arc::clone(&wake),
             shared: Arc::clone(&shared),
-            cpus: Arc::new(HostCpus::read()?),
         };
-        let cpus = Arc::clone(&handle.cpus);
-        let thread = event_loop::spawn(options, cpus, event_loop::Inbox { incoming, wake }, shared)?;
-        Ok((Self { thread }, handle))
+        let inbox = event_loop::Inbox { incoming, wake };
+        Ok((Self { inbox, shared }, handle))
+    }
+
+    /// Starts the VMM thread (named `vmm`). The calling thread's affinity is taken for the process's.
+    ///
+    /// # Errors
+    /// The thread, or one of its descriptors, could not be made, or the host's CPUs not be read.
+    pub fn start(self, options: Options) -> std::io::Result<Vmm> {
+        let cpus = Arc::new(HostCpus::read()?);
+        let thread = event_loop::spawn(options, cpus, self.inbox, self.shared)?;
+        Ok(Vmm { thread })
+    }
+}
+
+/// The VMM thread: join it to learn how the VM ended.
+#[derive(Debug)]
+pub struct Vmm {
+    thread: JoinHandle<End>,
+}
+
+impl Vmm {
+    /// [`Unstarted::new`] and [`Unstarted::start`].
+    ///
+    /// # Errors
+    /// As theirs.
+    pub fn spawn(options: Options) -> std::io::Result<(Self, VmmHandle)> {
+        let (unstarted, handle) = Unstarted::new()?;
+        Ok((unstarted.start(options)?, handle))
     }
 
     /// Waits for the microVM's end.
