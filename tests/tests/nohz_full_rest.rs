@@ -86,7 +86,7 @@ fn a_configuration_file_has_all_its_sections_and_the_api_changes_what_it_may() {
     let (status, fault) = patch(&vm, "/balloon", &json!({ "amount_mib": 16 }));
     assert_eq!(
         (status, &*fault),
-        (400, "Balloon update error: Device not activated yet.")
+        (400, "Balloon update error: Balloon: Device not activated yet.")
     );
     assert_eq!(vm.ask("GET", "/balloon/statistics", None).body["target_mib"], 0);
 

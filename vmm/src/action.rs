@@ -14,8 +14,7 @@ use crate::config::{
     NetworkInterface, NetworkInterfaceUpdate, Pinning, Serial, VmConfig, Vsock, VsockRefused,
 };
 use crate::devices::i8042::KeysUnread;
-use crate::devices::virtio::balloon::BalloonError;
-pub use crate::devices::virtio::balloon::{BalloonStats, HintingStart, HintingStatus};
+pub use crate::devices::virtio::balloon::{BalloonError, BalloonStats, HintingStart, HintingStatus};
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::net::NetError;
 use crate::log::LogError;
@@ -182,6 +181,9 @@ pub enum ActionError {
     /// The balloon cannot do it.
     #[error(transparent)]
     AskBalloon(#[from] BalloonError),
+    /// The balloon cannot tell it.
+    #[error(transparent)]
+    ReadBalloon(BalloonError),
     /// An interface that cannot be had.
     #[error(transparent)]
     Net(#[from] NetError),

@@ -111,7 +111,7 @@ impl Attached {
 
     /// A balloon that is not there is as one without a driver.
     fn with_balloon<T>(&self, ask: impl FnOnce(&mut Balloon) -> Result<T, BalloonError>) -> Result<T, BalloonError> {
-        ask(&mut lock(self.balloon.as_ref().ok_or(BalloonError::NotActive)?))
+        ask(&mut lock(self.balloon.as_ref().ok_or(BalloonError::Missing)?))
     }
 
     /// What each device counted so far, by Firecracker's names.

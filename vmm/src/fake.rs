@@ -82,7 +82,7 @@ pub(crate) struct FakeMachine {
 
 impl FakeMachine {
     fn with_balloon<T>(&self, ask: impl FnOnce(&mut Balloon) -> Result<T, BalloonError>) -> Result<T, BalloonError> {
-        let balloon = self.balloon.as_ref().ok_or(BalloonError::NotActive)?;
+        let balloon = self.balloon.as_ref().ok_or(BalloonError::Missing)?;
         ask(&mut balloon.lock().expect("no holder of this lock panics"))
     }
 }

@@ -52,7 +52,10 @@ use accounting::GtimeSource;
 use accounting::host::HostCpus;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use action::{Accounts, Action, ActionError, HintingStart, Info, Metadata, Reply, RunState};
+pub use action::{
+    Accounts, Action, ActionError, BalloonError, BalloonStats, HintingStart, HintingStatus, Info, Metadata, Reply,
+    RunState,
+};
 pub use devices::i8042::KeysUnread;
 pub use end::End;
 

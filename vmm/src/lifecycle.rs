@@ -155,10 +155,16 @@ impl<B: Builder> Lifecycle<B> {
                 self.before_start()?;
                 self.devices.put_balloon(balloon, &self.machine_config)?;
             }
-            Action::GetBalloon => return Ok(Reply::Balloon(self.devices.balloon.ok_or(BalloonRefused::None)?)),
+            Action::GetBalloon => {
+                let balloon = self.devices.balloon.ok_or_else(|| match self.state {
+                    State::NotStarted => BalloonRefused::None.into(),
+                    _ => ActionError::ReadBalloon(BalloonError::Missing),
+                });
+                return Ok(Reply::Balloon(balloon?));
+            }
             Action::PatchBalloon(BalloonUpdate { amount_mib }) => {
                 let machine = self.machine()?;
-                let mut balloon = self.devices.balloon.ok_or(BalloonRefused::None)?;
+                let mut balloon = self.devices.balloon.ok_or(BalloonError::Missing)?;
                 machine.update_balloon(amount_mib)?;
                 balloon.amount_mib = amount_mib;
                 self.devices.balloon = Some(balloon);
@@ -167,13 +173,16 @@ impl<B: Builder> Lifecycle<B> {
                 stats_polling_interval_s,
             }) => {
                 let machine = self.machine()?;
-                let mut balloon = self.devices.balloon.ok_or(BalloonRefused::None)?;
+                let mut balloon = self.devices.balloon.ok_or(BalloonError::Missing)?;
                 machine.update_balloon_stats(stats_polling_interval_s)?;
                 balloon.stats_polling_interval_s = stats_polling_interval_s;
                 self.devices.balloon = Some(balloon);
             }
             Action::GetBalloonStats => {
-                let stats = self.with_balloon(Run::balloon_stats)?;
+                let stats = match self.with_balloon(Run::balloon_stats) {
+                    Err(ActionError::AskBalloon(error)) => return Err(ActionError::ReadBalloon(error)),
+                    answer => answer?,
+                };
                 return Ok(Reply::BalloonStats(Box::new(stats)));
             }
             Action::StartHinting(start) => self.with_balloon(|machine| machine.start_hinting(start))?,
@@ -319,7 +328,7 @@ impl<B: Builder> Lifecycle<B> {
 
     fn with_balloon<T>(&self, ask: impl FnOnce(&B::Machine) -> Result<T, BalloonError>) -> Result<T, ActionError> {
         let machine = self.machine()?;
-        self.devices.balloon.ok_or(BalloonRefused::None)?;
+        self.devices.balloon.ok_or(BalloonError::Missing)?;
         Ok(ask(machine)?)
     }
 

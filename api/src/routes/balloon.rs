@@ -2,6 +2,7 @@
 
 use axum::body::Bytes;
 use axum::extract::{Path, State};
+use axum::http::{Method, Uri};
 use axum::response::Response;
 use vmm::{Action, HintingStart};
 
@@ -49,4 +50,10 @@ pub(super) async fn hinting_status(State(shared): State<Shared>) -> Result<Respo
 /// Firecracker's words for what is below `/balloon` and nothing.
 pub(super) async fn get_unknown(Path(path): Path<String>) -> Fault {
     Fault::new(format!("Unrecognized GET request path `{path}`."))
+}
+
+/// Firecracker's words for what is below `/balloon/hinting` and nothing, or not by this method.
+pub(super) async fn unknown_hinting(method: Method, uri: Uri) -> Fault {
+    let below = uri.path().strip_prefix("/balloon/hinting/").unwrap_or_default();
+    Fault::new(format!("Unrecognized {method} request path `/hinting/{below}`."))
 }

@@ -5,9 +5,9 @@
 use axum::http::{Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use vmm::ActionError;
 use vmm::config::DriveRefused;
 use vmm::mmds::data::UpdateError;
+use vmm::{ActionError, BalloonError};
 
 /// The refusal, and why.
 #[derive(Clone, Debug)]
@@ -29,6 +29,12 @@ impl Fault {
     pub fn unknown(method: &Method, path: &str) -> Self {
         let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
         Self::new(format!("Invalid request method and/or path: {method} {first}."))
+    }
+
+    /// Another method than GET, PUT and PATCH. Firecracker 1.14's words, which it finds before it looks at the path; there they
+    /// are the `error` of an answer that is no JSON, for it has a line feed in a string.
+    pub fn no_method() -> Self {
+        Self::new("Invalid HTTP Method: Unsupported HTTP method.")
     }
 
     /// What Firecracker has and we do not.
@@ -65,7 +71,10 @@ impl From<ActionError> for Fault {
             }
             E::Mmds(_) => "MMDS error: ",
             E::MmdsConfig(_) => "MMDS config error: ",
-            E::AskBalloon(_) => "Balloon update error: ",
+            E::AskBalloon(BalloonError::Missing) => "Balloon update error: ",
+            E::AskBalloon(_) => "Balloon update error: Balloon: ",
+            E::ReadBalloon(BalloonError::Missing) => "Internal VMM error: ",
+            E::ReadBalloon(_) => "Internal VMM error: Balloon: ",
             E::Vsock(_) => "Vsock config error: ",
             E::Balloon(_) => "Balloon config error: ",
             E::Log(_) => "Logger error: ",

@@ -13,6 +13,7 @@ mod fault;
 mod host;
 mod id;
 mod interfaces;
+mod list;
 mod machine;
 mod mmds;
 mod outputs;
@@ -29,7 +30,6 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, patch, put};
 use http_body_util::BodyExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -108,56 +108,7 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
     if let Some(requests) = shared.backend.requests() {
         count::begin(requests);
     }
-    let routes = Router::new()
-        .route("/", get(vm::info))
-        .route("/version", get(vm::version))
-        .route("/vm", patch(vm::patch_state))
-        .route("/vm/config", get(vm::config))
-        .route("/actions", put(actions::put))
-        .route(
-            "/machine-config",
-            get(machine::get).put(machine::put).patch(machine::patch),
-        )
-        .route("/boot-source", put(machine::put_boot_source))
-        .route("/cpu-config", put(machine::put_cpu_config))
-        .route("/drives", put(drives::put).patch(drives::patch))
-        .route("/drives/", put(drives::put).patch(drives::patch))
-        .route("/drives/{id}", put(drives::put).patch(drives::patch))
-        .route("/network-interfaces", put(interfaces::put).patch(interfaces::patch))
-        .route(
-            "/network-interfaces/{id}",
-            put(interfaces::put).patch(interfaces::patch),
-        )
-        .route("/vsock", put(devices::put_vsock))
-        .route("/entropy", put(devices::put_entropy))
-        .route("/balloon", get(balloon::get).put(balloon::put).patch(balloon::patch))
-        .route("/balloon/{path}", get(balloon::get_unknown))
-        .route(
-            "/balloon/statistics",
-            get(balloon::statistics).patch(balloon::patch_statistics),
-        )
-        .route("/balloon/hinting/start", patch(balloon::start_hinting))
-        .route("/balloon/hinting/stop", patch(balloon::stop_hinting))
-        .route("/balloon/hinting/status", get(balloon::hinting_status))
-        .route("/mmds", get(mmds::get).put(mmds::put).patch(mmds::patch))
-        .route("/mmds/{path}", put(mmds::put_unknown))
-        .route("/mmds/config", get(mmds::get_config).put(mmds::put_config))
-        .route("/serial", put(outputs::put_serial))
-        .route("/logger", put(outputs::put_logger))
-        .route("/metrics", put(outputs::put_metrics))
-        .route("/snapshot/{what}", put(unsupported::snapshots))
-        .route("/pmem/{id}", put(unsupported::pmem).patch(unsupported::pmem))
-        .route(
-            "/hotplug/memory",
-            get(unsupported::hotplug)
-                .put(unsupported::hotplug)
-                .patch(unsupported::hotplug),
-        )
-        .route("/vcpus", get(vcpus::list))
-        .route("/vcpus/{index}/cputime", get(vcpus::cputime))
-        .route("/vcpus/{index}/affinity", get(vcpus::affinity).put(vcpus::put_affinity))
-        .route("/vcpus/{index}/histograms", get(vcpus::histograms))
-        .route("/host", get(host::get))
+    let routes = list::add_to(Router::new())
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .with_state(shared.clone());
@@ -204,7 +155,7 @@ async fn whole(request: Request, limits: Limits) -> Result<Request, Fault> {
         }
         // axum would answer HEAD from a GET handler.
         Method::GET | Method::PUT | Method::PATCH => Ok(Request::from_parts(parts, Body::from(bytes))),
-        _ => Err(Fault::unknown(&parts.method, parts.uri.path())),
+        _ => Err(Fault::no_method()),
     }
 }
 

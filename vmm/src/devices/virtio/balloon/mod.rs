@@ -61,6 +61,9 @@ const F_REPORTING: u64 = 1 << 5;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BalloonError {
+    /// The running microVM has none.
+    #[error("Failed perform action on device: Device not found")]
+    Missing,
     /// The guest's driver has not set it up.
     #[error("Device not activated yet.")]
     NotActive,
