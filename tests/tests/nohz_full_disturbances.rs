@@ -325,11 +325,17 @@ fn a_limit_on_cpu_time_is_named_by_check_and_over_the_api() {
     );
 }
 
-/// The unified hierarchy with one cgroup that has a quota.
+/// The unified hierarchy with one cgroup that has a quota: more than all CPUs can use, so that nobody is ever held back.
+///
+/// One that binds can hold up the host. On a CPU without a tick a task runs past its quota until the tick that another CPU
+/// keeps for it, once a second (`sched_tick_remote`), and is then off its CPU until the excess is paid back, with whatever it
+/// holds in the kernel; for the whole of that time not even SIGKILL ends it.
 struct Quota;
 
 impl Quota {
     const MOUNT: &'static str = "/run/cgroup";
+    /// CPU time, and the longest period there may be (Documentation/scheduler/sched-bwc.rst), in microseconds.
+    const MAX: (u64, u64) = (1_000_000_000, 1_000_000);
 
     fn new() -> Self {
         use rustix::mount::{MountFlags, mount};
@@ -337,15 +343,16 @@ impl Quota {
         mount("none", Self::MOUNT, "cgroup2", MountFlags::empty(), None).expect("cgroup2");
         let write = |file: &str, text: &str| fs::write(format!("{}/{file}", Self::MOUNT), text).expect(file);
         write("cgroup.subtree_control", "+cpu");
-        fs::create_dir_all(format!("{}/half/inner", Self::MOUNT)).expect("cgroups");
-        write("half/cpu.max", "50000 100000");
+        fs::create_dir_all(format!("{}/quota/inner", Self::MOUNT)).expect("cgroups");
+        let (quota_us, period_us) = Self::MAX;
+        write("quota/cpu.max", &format!("{quota_us} {period_us}"));
         Self
     }
 }
 
 impl Drop for Quota {
     fn drop(&mut self) {
-        for cgroup in ["half/inner", "half"] {
+        for cgroup in ["quota/inner", "quota"] {
             // The last process may still be on its way out: then the cgroup stays, and harms nobody.
             let _ = fs::remove_dir(format!("{}/{cgroup}", Self::MOUNT));
         }
@@ -357,13 +364,15 @@ impl Drop for Quota {
 fn a_quota_on_a_cgroup_above_is_named_by_its_file() {
     require_bed!(nohz_full);
     let quota = Quota::new();
-    let enter = "echo $$ > /run/cgroup/half/inner/cgroup.procs";
+    let enter = "echo $$ > /run/cgroup/quota/inner/cgroup.procs";
     let mut vm = Vm::flat_after(enter, &Program::spin_forever(), ["--pin", "1"]);
     let lines = await_disturbance(&vm, "cfs_quota");
     assert!(
-        lines.contains("/run/cgroup/half/cpu.max allows 50000 us of CPU time in 100000 us"),
+        lines.contains("/run/cgroup/quota/cpu.max allows 1000000000 us of CPU time in 1000000 us"),
         "{lines}"
     );
+    let stat = fs::read_to_string("/run/cgroup/quota/cpu.stat").expect("the controller is on");
+    assert!(stat.contains("\nnr_throttled 0\n"), "nobody was held back: {stat}");
     vm.process.signal(rustix::process::Signal::TERM);
     vm.process.wait();
     drop(quota);
