@@ -18,6 +18,26 @@ fn a_triple_fault_has_its_word_and_its_status() {
     fails(&["run", "--kernel", &kernel, "--mem", "16M"], 4, &["triple-faulted"]);
 }
 
+/// Its serial port says what it found; the command line is all that it looks at.
+#[test]
+fn a_guest_finds_its_devices_by_its_command_line_alone() {
+    require_bed!(kvm);
+    let folder = Folder::new();
+    let path = |name: &str, bytes: &[u8]| folder.write(name, bytes).display().to_string();
+    let kernel = path("kernel", &elf(&Program::find_virtio()));
+    let disk = path("disk", &[0; 4096]);
+    let run = |devices: &[&str]| {
+        let machine = ["run", "--kernel", &kernel, "--mem", "16M", "--cmdline", "quiet"];
+        let (status, output, stderr) = Process::chronovisor(machine.iter().chain(devices)).wait();
+        // As a kernel that reboots.
+        assert_eq!(status.code(), Some(3), "{stderr}");
+        output
+    };
+    assert_eq!(run(&[]), "");
+    // A block device and an entropy device (virtio 1.2, 5), in their windows and with their interrupts.
+    assert_eq!(run(&["--disk", &disk, "--rng"]), "virt 2:5\nvirt 4:6\n");
+}
+
 #[test]
 fn who_watches_a_guest_ends_in_good_order_with_it() {
     require_bed!(kvm);

@@ -13,6 +13,7 @@ mod dodge;
 mod elf;
 mod guest;
 mod machine;
+mod probe;
 mod program;
 
 pub use dodge::Dodged;
