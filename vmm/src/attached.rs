@@ -123,10 +123,6 @@ impl Attached {
         counters.insert("balloon".into(), of(self.balloon.as_ref(), |balloon| balloon.metrics()));
         counters.insert("entropy".into(), of(self.entropy.as_ref(), |rng| rng.metrics()));
         counters.insert("vsock".into(), of(self.vsock.as_ref(), |vsock| vsock.metrics()));
-        // What nothing is counted of yet, clients look for all the same.
-        for section in ["mmds", "vmm"] {
-            counters.insert(section.into(), json!({}));
-        }
         counters
     }
 }

@@ -26,6 +26,8 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
+use serde_json::json;
+
 use crate::action::{Action, Info, Metadata, Reply, RunState};
 use crate::config::{
     BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, CpuConfig, Devices, DriveUpdate, Logger,
@@ -356,6 +358,9 @@ impl<B: Builder> Lifecycle<B> {
         match (&self.state, &mut self.metrics) {
             (State::Running(machine) | State::Paused(machine), Some((_, file))) => {
                 let mut counters = machine.metrics();
+                // Clients look for the section all the same where nobody has asked for the service.
+                let mmds = self.mmds.as_ref().map(|mmds| json!(**lock(mmds).metrics()));
+                counters.insert("mmds".to_owned(), mmds.unwrap_or_else(|| json!({})));
                 counters.extend(self.shared.requests.counters());
                 let startup = ("api_server".to_owned(), self.shared.requests.startup());
                 file.write(counters, [startup].into_iter().collect())

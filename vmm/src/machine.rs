@@ -10,6 +10,7 @@ use std::sync::mpsc::Sender;
 use accounting::host::{CpuSet, HostCpus, run_on};
 use accounting::{Account, Gtime, GtimeSource};
 use kvm_ioctls::{Kvm, VmFd};
+use serde_json::json;
 use vcpu::pin::{self, PinError};
 use vcpu::setup::custom::CustomError;
 use vcpu::setup::{self, CpuConfig, SetupError, Topology};
@@ -314,6 +315,8 @@ impl Machine {
         let mut counters = self.attached.metrics();
         let readings: Vec<_> = self.vcpus.iter().map(|vcpu| vcpu.account().read()).collect();
         counters.insert("vcpu".to_owned(), metrics::of_vcpus(&readings));
+        let events: u64 = self.bus.virtio.iter().map(Transport::event_count).sum();
+        counters.insert("vmm".to_owned(), json!({ "device_events": events }));
         counters
     }
 }

@@ -80,7 +80,7 @@ impl Program {
             0xeb, 0xf4, //                               jmp    rest
             // told:
             0xb0, b'\n', //                              mov    $'\n', %al
-            0xee, //                                     out    %al, %dx
+            0xee,  //                                     out    %al, %dx
             0xe9, 0x79, 0xff, 0xff, 0xff, //             jmp    scan
             // end:
             0xb0, 0xfe, //                               mov    $0xfe, %al

@@ -1,5 +1,7 @@
 //! Frames of a guest that means harm: none makes the stack panic, loop, or keep more than it promised.
 
+use std::sync::atomic::Ordering;
+
 use proptest::prelude::*;
 use serde_json::json;
 use smoltcp::wire::{ETHERNET_HEADER_LEN, IPV4_HEADER_LEN, Ipv4Address, TcpSeqNumber};
@@ -18,6 +20,13 @@ fn keeps_its_bounds(stack: &mut Stack, now: Instant) {
         assert!(connection.response.capacity() <= DEFAULT_LIMIT_BYTES + 1024);
     }
     assert_eq!(stack.sockets.iter().count(), stack.connections.len());
+    // Whatever opened a connection was counted, and whatever ended one.
+    let listens = |c: &Connection| stack.sockets.get::<Socket>(c.handle).state() == State::Listen;
+    assert!(stack.connections.iter().all(|c| c.opened != listens(c)));
+    let [created, destroyed] = [&stack.metrics.connections_created, &stack.metrics.connections_destroyed]
+        .map(|counter| counter.load(Ordering::Relaxed));
+    let open = stack.connections.iter().filter(|c| c.opened).count();
+    assert_eq!(created - destroyed, open as u64);
     assert!(stack.next_poll(now).is_none_or(|delay| delay >= SHORTEST_POLL));
 }
 

@@ -20,6 +20,7 @@ pub mod config;
 pub mod data;
 mod detour;
 pub mod http;
+pub mod metrics;
 pub mod stack;
 mod token;
 mod wire;
@@ -30,8 +31,11 @@ use std::time::Instant;
 use config::{MmdsConfig, Version};
 use data::{DataStore, Format, LookupError};
 use http::{Method, Request, Response, Status};
+use metrics::MmdsMetrics;
 pub use stack::Stack;
 use token::Tokens;
+
+use crate::devices::virtio::count;
 
 /// One service for the API and every interface.
 pub type SharedMmds = Arc<Mutex<Mmds>>;
@@ -47,6 +51,7 @@ pub struct Mmds {
     version: Version,
     imds_compat: bool,
     tokens: Tokens,
+    metrics: Arc<MmdsMetrics>,
 }
 
 impl Mmds {
@@ -61,7 +66,14 @@ impl Mmds {
             version: Version::default(),
             imds_compat: false,
             tokens: Tokens::new(now)?,
+            metrics: Arc::default(),
         })
+    }
+
+    /// What was counted so far.
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<MmdsMetrics> {
+        &self.metrics
     }
 
     /// Takes over version and format of a configuration that passed [`MmdsConfig::check`]. Tokens stay valid.
@@ -84,17 +96,22 @@ impl Mmds {
 
     /// Version 1 answers whatever token came, or none: what ran before version 2 goes on running.
     fn get(&self, request: &Request<'_>, now: Instant) -> Response {
-        if self.version == Version::V2 {
-            let Some(token) = request.token else {
-                return Response::text(
-                    Status::Unauthorized,
+        let refusal = match request.token {
+            None => {
+                count(&self.metrics.rx_no_token, 1);
+                Some(
                     "No MMDS token provided. Use `X-metadata-token` or `X-aws-ec2-metadata-token` header to specify the session \
                      token.",
-                );
-            };
-            if !self.tokens.valid(token, now) {
-                return Response::text(Status::Unauthorized, "MMDS token not valid.");
+                )
             }
+            Some(token) if !self.tokens.valid(token, now) => {
+                count(&self.metrics.rx_invalid_token, 1);
+                Some("MMDS token not valid.")
+            }
+            Some(_) => None,
+        };
+        if let Some(why) = refusal.filter(|_| self.version == Version::V2) {
+            return Response::text(Status::Unauthorized, why);
         }
         let format = if self.imds_compat { Format::Imds } else { request.accept };
         match self.data.get_path(&one_slash(request.path), format) {

@@ -20,6 +20,7 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
@@ -31,7 +32,9 @@ use smoltcp::wire::{
 
 use super::SharedMmds;
 use super::http::{self, Parsed, REQUEST_LIMIT_BYTES};
+use super::metrics::MmdsMetrics;
 use super::wire::{Outgoing, Port};
+use crate::devices::virtio::count;
 
 /// Connections at once, as in Firecracker.
 pub const MAX_CONNECTIONS: usize = 30;
@@ -58,6 +61,7 @@ const BURST_FRAMES: usize = 256;
 pub struct Stack {
     ipv4: Ipv4Addr,
     mmds: SharedMmds,
+    metrics: Arc<MmdsMetrics>,
     /// smoltcp's instants count from here.
     epoch: Instant,
     interface: Interface,
@@ -81,6 +85,8 @@ struct Connection {
     ending: bool,
     /// When a segment of its guest's came last.
     heard: Instant,
+    /// A guest opened it: it is counted as created, and not yet as destroyed.
+    opened: bool,
 }
 
 impl Stack {
@@ -107,9 +113,11 @@ impl Stack {
                 .push(everywhere)
                 .expect("a new interface has room for an address");
         });
+        let metrics = Arc::clone(mmds.lock().expect("no holder of this lock panics").metrics());
         let mut stack = Self {
             ipv4,
             mmds,
+            metrics,
             epoch: now,
             interface,
             sockets: SocketSet::new(Vec::new()),
@@ -144,7 +152,12 @@ impl Stack {
 
     /// Takes a frame of the guest's. What is not for the service, makes no sense or finds the queue of answers full, is dropped.
     pub fn receive(&mut self, frame: &[u8], now: Instant) {
-        if !self.takes(frame) || self.outgoing.is_full() {
+        if !self.takes(frame) {
+            return;
+        }
+        count(&self.metrics.rx_accepted, 1);
+        if self.outgoing.is_full() {
+            count(&self.metrics.rx_accepted_err, 1);
             return;
         }
         let Ok(frame) = EthernetFrame::new_checked(frame) else {
@@ -152,13 +165,26 @@ impl Stack {
         };
         match frame.ethertype() {
             EthernetProtocol::Arp => self.outgoing.answer_arp(frame.payload(), self.ipv4),
-            EthernetProtocol::Ipv4 => self.receive_ipv4(frame.src_addr(), frame.payload(), now),
+            EthernetProtocol::Ipv4 => {
+                let counted = match self.receive_ipv4(frame.src_addr(), frame.payload(), now) {
+                    Ipv4::Tcp => &self.metrics.rx_count,
+                    Ipv4::Other => &self.metrics.rx_accepted_unusual,
+                    Ipv4::Senseless => &self.metrics.rx_accepted_err,
+                };
+                count(counted, 1);
+            }
             _ => {}
         }
     }
 
     /// The next frame for the guest, if one is due at `now`. A frame that is asked for and not delivered is lost like any on a wire.
     pub fn transmit(&mut self, now: Instant) -> Option<Vec<u8>> {
+        let frame = self.next_frame(now)?;
+        self.metrics.frame_sent(frame.len());
+        Some(frame)
+    }
+
+    fn next_frame(&mut self, now: Instant) -> Option<Vec<u8>> {
         if let Some(frame) = self.outgoing.pop() {
             return Some(frame);
         }
@@ -188,25 +214,30 @@ impl Stack {
         Some(Duration::from(delay).max(SHORTEST_POLL))
     }
 
-    fn receive_ipv4(&mut self, from: EthernetAddress, packet: &[u8], now: Instant) {
+    fn receive_ipv4(&mut self, from: EthernetAddress, packet: &[u8], now: Instant) -> Ipv4 {
         let Ok(ipv4) = Ipv4Packet::new_checked(packet) else {
-            return;
+            return Ipv4::Senseless;
         };
         // From no host there is. smoltcp 0.12 took a SYN from 0.0.0.0, and panicked when it answered.
         let source = ipv4.src_addr();
         if source.is_unspecified() || source.is_broadcast() || source.is_multicast() || source == self.ipv4 {
-            return;
+            return Ipv4::Senseless;
         }
         self.outgoing.learn(source, from);
-        if ipv4.next_header() == IpProtocol::Tcp {
+        let mut opening = None;
+        let tcp = ipv4.next_header() == IpProtocol::Tcp;
+        if tcp {
             let Ok(segment) = TcpPacket::new_checked(ipv4.payload()) else {
-                return;
+                return Ipv4::Senseless;
             };
             let peer = IpEndpoint::new(source.into(), segment.src_port());
             let opens = segment.syn() && !segment.ack();
             match self.heard_from(peer, opens, now) {
-                Heard::Again => return,
-                Heard::New if opens => self.make_room(now),
+                Heard::Again => return Ipv4::Tcp,
+                Heard::New if opens => {
+                    self.make_room(now);
+                    opening = Some(peer);
+                }
                 Heard::New | Heard::Known => {}
             }
         }
@@ -216,11 +247,25 @@ impl Stack {
         };
         let at = smoltcp_instant(self.epoch, now);
         self.interface.poll_ingress_single(at, &mut port, &mut self.sockets);
+        if let Some(peer) = opening {
+            self.note_opened(peer);
+        }
         for connection in &mut self.connections {
             let socket = self.sockets.get_mut::<Socket>(connection.handle);
             connection.serve(socket, &self.mmds, now);
         }
         self.reap(now);
+        if tcp { Ipv4::Tcp } else { Ipv4::Other }
+    }
+
+    /// A SYN of `peer`'s came: counts the connection, if a socket listened for it and took it.
+    fn note_opened(&mut self, peer: IpEndpoint) {
+        let sockets = &self.sockets;
+        let with_peer = |c: &&mut Connection| sockets.get::<Socket>(c.handle).remote_endpoint() == Some(peer);
+        if let Some(connection) = self.connections.iter_mut().find(with_peer) {
+            connection.opened = true;
+            count(&self.metrics.connections_created, 1);
+        }
     }
 
     /// Notes the segment in its connection. A SYN is for a new connection, and the listening socket would make a second one of a SYN
@@ -288,6 +333,7 @@ impl Stack {
             sent: 0,
             ending: false,
             heard: now,
+            opened: false,
         });
     }
 
@@ -299,7 +345,10 @@ impl Stack {
             let socket = self.sockets.get::<Socket>(self.connections[index].handle);
             let over = match socket.state() {
                 State::Closed => socket.remote_endpoint().is_none(),
-                State::Listen => std::mem::replace(&mut listening, true),
+                State::Listen => {
+                    self.close(index);
+                    std::mem::replace(&mut listening, true)
+                }
                 _ => false,
             };
             if over {
@@ -309,10 +358,28 @@ impl Stack {
         self.listen(now);
     }
 
+    /// Counts the end of a connection, if there was one.
+    fn close(&mut self, index: usize) {
+        if std::mem::take(&mut self.connections[index].opened) {
+            count(&self.metrics.connections_destroyed, 1);
+        }
+    }
+
     fn remove(&mut self, index: usize) {
+        self.close(index);
         let connection = self.connections.swap_remove(index);
         self.sockets.remove(connection.handle);
     }
+}
+
+/// What became of a packet.
+enum Ipv4 {
+    /// A segment of TCP.
+    Tcp,
+    /// Something else: echo requests are answered.
+    Other,
+    /// Dropped.
+    Senseless,
 }
 
 /// Which connection a segment belongs to.
@@ -415,6 +482,10 @@ impl std::fmt::Debug for Stack {
 #[cfg(test)]
 #[path = "stack_tests.rs"]
 mod stack_tests;
+
+#[cfg(test)]
+#[path = "metrics_tests.rs"]
+mod metrics_tests;
 
 #[cfg(test)]
 #[path = "hostile_tests.rs"]

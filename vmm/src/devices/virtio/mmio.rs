@@ -13,7 +13,7 @@
 //! Notifications never arrive here: KVM turns the write into an eventfd's ([`Transport::NOTIFY`]). Interrupt status and its
 //! acknowledgement take no lock; the other registers take one that is held during I/O only while a reset waits for it to end.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use virtio_queue::QueueT;
@@ -111,6 +111,7 @@ pub struct Transport {
     interrupt: Arc<Interrupt>,
     registers: Mutex<Registers>,
     complaints: Complaints,
+    events: Arc<AtomicU64>,
 }
 
 #[derive(Debug, Default)]
@@ -178,6 +179,7 @@ impl Transport {
             interrupt,
             registers,
             complaints: Complaints::default(),
+            events: Arc::default(),
         })
     }
 
@@ -202,7 +204,14 @@ impl Transport {
             notifications: Arc::clone(&self.notifications),
             interrupt: Arc::clone(&self.interrupt),
             complaints: Complaints::default(),
+            count: Arc::clone(&self.events),
         }
+    }
+
+    /// How often the event loop had something for the device.
+    #[must_use]
+    pub fn event_count(&self) -> u64 {
+        self.events.load(Ordering::Relaxed)
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {

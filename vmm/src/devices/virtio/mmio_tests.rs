@@ -169,9 +169,11 @@ fn a_device_whose_driver_broke_the_rules_is_reset_and_says_that_it_needs_one() {
     let (notes, mut driver) = device();
     driver.set_up(0);
     driver.turn(100);
+    let events = driver.transport.event_count();
     notes.lock().unwrap().broken = true;
     driver.notify(1);
     driver.turn(100);
+    assert_eq!(driver.transport.event_count(), events + 1);
     assert_eq!((driver.get(STATUS), driver.get(0x60)), (READY | NEEDS_RESET, 2));
     assert!(notes.lock().unwrap().active.is_none());
     driver.set(STATUS, 0);

@@ -128,7 +128,7 @@ fn copy_config(config: &[u8], offset: usize, data: &mut [u8]) {
 }
 
 /// Adds to a metric.
-fn count(metric: &AtomicU64, by: u64) {
+pub(crate) fn count(metric: &AtomicU64, by: u64) {
     metric.fetch_add(by, Ordering::Relaxed);
 }
 
@@ -209,6 +209,8 @@ pub struct DeviceEvents {
     notifications: Arc<Vec<EventFd>>,
     interrupt: Arc<Interrupt>,
     complaints: Complaints,
+    /// Of events, for who looks from outside of the event loop.
+    count: Arc<AtomicU64>,
 }
 
 /// How often something was worth a log line, which a guest can bring about as often as it likes: the first few are due, then ever
@@ -234,6 +236,7 @@ impl DeviceEvents {
 
     /// What stands at `place` among [`DeviceEvents::sources`] is ready.
     fn happened(&mut self, place: usize) {
+        count(&self.count, 1);
         let mut device = self.device.lock().expect("no holder of this lock panics");
         let result = match self.notifications.get(place) {
             Some(notification) => {
