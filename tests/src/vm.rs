@@ -204,6 +204,19 @@ impl Vm {
     /// When it does not start.
     #[must_use]
     pub fn serve_debian(what: &str, more: serde_json::Value) -> Self {
+        Self::serve_debian_with(what, more, [])
+    }
+
+    /// Likewise, with more flags.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn serve_debian_with<'a>(
+        what: &str,
+        more: serde_json::Value,
+        flags: impl IntoIterator<Item = &'a str>,
+    ) -> Self {
         let path = |name| bed::file(name).display().to_string();
         let mut config = serde_json::json!({
             "boot-source": {
@@ -219,8 +232,9 @@ impl Vm {
         let socket = folder.join("api.sock");
         let file = folder.write("config.json", config.to_string());
         let arguments = ["--api-sock".into(), socket.clone(), "--config-file".into(), file];
+        let flags = flags.into_iter().map(PathBuf::from);
         let mut vm = Self {
-            process: Process::chronovisor(arguments),
+            process: Process::chronovisor(arguments.into_iter().chain(flags)),
             socket,
             last: Vec::new(),
             _folder: folder,
@@ -309,6 +323,40 @@ impl Vm {
     /// When there is none.
     pub fn reading(&mut self) -> Reading {
         self.readings().swap_remove(0)
+    }
+
+    /// Has a line of metrics written to `file`, which its metrics go to, and returns all lines so far, that one last. A counter
+    /// in one is what was counted since the line before.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn metrics(&self, file: &Path) -> Vec<serde_json::Value> {
+        let flush = self.ask("PUT", "/actions", Some(r#"{"action_type": "FlushMetrics"}"#));
+        assert_eq!(flush.status, 204, "{}", flush.fault());
+        let text = std::fs::read_to_string(file).expect("metrics");
+        let line = |line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        text.lines().map(line).collect()
+    }
+
+    /// What the counter at `pointer` (RFC 6901) of the metrics in `file` grows by in a second, over `time`.
+    ///
+    /// # Panics
+    /// When it is no counter.
+    #[must_use]
+    pub fn rate(&self, file: &Path, pointer: &str, time: Duration) -> f64 {
+        let number = |line: &serde_json::Value, pointer| {
+            let number = line.pointer(pointer).and_then(serde_json::Value::as_u64);
+            number.unwrap_or_else(|| panic!("no {pointer} in {line}"))
+        };
+        let before = self.metrics(file);
+        std::thread::sleep(time);
+        let after = self.metrics(file);
+        // One that is due each minute may have come between.
+        let since = &after[before.len()..];
+        let grown: u64 = since.iter().map(|line| number(line, pointer)).sum();
+        let at = |lines: &[serde_json::Value]| number(lines.last().expect("a line"), "/utc_timestamp_ms");
+        grown as f64 * 1000.0 / (at(&after) - at(&before)) as f64
     }
 
     /// Asks again and again until `true`.

@@ -1,6 +1,9 @@
 //! The balloon and the entropy device, with Linux's drivers: what a guest does without the host has back, and randomness comes.
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
+use tests::bed::Folder;
 use tests::require_bed;
 use tests::vm::Vm;
 
@@ -113,4 +116,62 @@ fn free_pages_come_back_when_hinted_at_and_when_reported() {
             resident(&vm)
         );
     }
+}
+
+/// And one that may not leaves it to end itself.
+#[test]
+fn a_balloon_that_may_deflates_when_the_guest_is_out_of_memory() {
+    require_bed!(nohz_full);
+    // The guest has 256 MiB, of which Linux takes some 60. Beside the balloon there is no room for what it touches; in its place
+    // there is.
+    const AMOUNT: u64 = 112;
+    let plan = "balloon,sleep:3000,touch:128,forever";
+    for deflate_on_oom in [true, false] {
+        let balloon = json!({ "amount_mib": AMOUNT, "deflate_on_oom": deflate_on_oom, "stats_polling_interval_s": 1 });
+        let mut vm = Vm::serve_debian(plan, json!({ "balloon": balloon }));
+        if !deflate_on_oom {
+            vm.process.wait_for("Attempted to kill init");
+            // As from Firecracker: the guest, which panicked, has rebooted.
+            assert_eq!(vm.process.wait().0.code(), Some(0));
+            continue;
+        }
+        vm.wait_until("a full balloon", |vm| statistics(vm)["actual_mib"] == AMOUNT);
+        vm.wait_until("a smaller one", |vm| {
+            statistics(vm)["actual_mib"].as_u64() < Some(AMOUNT)
+        });
+        println!("{}", statistics(&vm));
+        // The step that follows: the guest has had its memory, and goes on.
+        let rounds = |vm: &Vm| vm.process.stdout().matches("chronovisor guest: sleep").count();
+        let before = rounds(&vm);
+        vm.wait_until("another round", |vm| rounds(vm) > before);
+    }
+}
+
+#[test]
+fn entropy_and_the_serial_port_are_limited_to_their_rates_within_5_percent_over_10_s() {
+    require_bed!(nohz_full);
+    const ENTROPY: u64 = 16 << 10;
+    const SERIAL: u64 = 1 << 10;
+    let folder = Folder::new();
+    let [serial, lines] = ["serial", "metrics"].map(|name| folder.join(name));
+    // A bucket's first filling is 1 % of 10 s.
+    let per_second = |rate: u64| json!({ "size": rate / 10, "refill_time": 100 });
+    let sections = json!({
+        "entropy": { "rate_limiter": { "bandwidth": per_second(ENTROPY) } },
+        "serial": { "serial_out_path": serial, "rate_limiter": per_second(SERIAL) },
+        "metrics": { "metrics_path": lines },
+    });
+    // Both for longer than is measured.
+    let mut vm = Vm::serve_debian("chatter:600000,hwrng:16777216", sections);
+    vm.wait_until("randomness", |vm| {
+        let counted = |line: &Value| line["entropy"]["entropy_bytes"].as_u64() > Some(0);
+        vm.metrics(&lines).iter().any(counted)
+    });
+    let written = || std::fs::metadata(&serial).expect("the serial port's file").len();
+    let (begun, before) = (Instant::now(), written());
+    let entropy = vm.rate(&lines, "/entropy/entropy_bytes", Duration::from_secs(10));
+    let serial = (written() - before) as f64 / begun.elapsed().as_secs_f64();
+    let shares = [entropy / ENTROPY as f64, serial / SERIAL as f64];
+    println!("of the limits: entropy {:.3}, serial port {:.3}", shares[0], shares[1]);
+    assert!(shares.iter().all(|share| (0.95..=1.05).contains(share)), "{shares:?}");
 }

@@ -116,3 +116,36 @@ fn a_limited_disk_gives_its_rate_within_5_percent_over_10_s() {
     println!("{said}: {rate:.3} of the limit");
     assert!((0.95..=1.05).contains(&rate), "{rate} of the limit: {said}");
 }
+
+/// The first by the guest's clock; the second by what the VMM counts, while the guest goes on writing.
+#[test]
+fn a_disk_limited_in_operations_writes_at_its_rate_within_5_percent_over_10_s_and_a_patch_limits_its_bytes() {
+    require_bed!(nohz_full);
+    const OPS: u64 = 40;
+    let folder = Folder::new();
+    let lines = folder.join("metrics");
+    // A bucket's first filling is 1 % of 10 s.
+    let per_second = |rate: u64| json!({ "size": rate / 10, "refill_time": 100 });
+    let mut sections = drives(
+        &image(&folder, 16),
+        &json!({ "rate_limiter": { "ops": per_second(OPS) } }),
+    );
+    sections["metrics"] = json!({ "metrics_path": lines });
+    let mut vm = Vm::serve_debian("disk-write:10000,disk-write:100000", sections);
+    vm.process.wait_for("disk-write 100000 ms");
+    let said = said(&vm.process.stdout(), "disk-write 10000 ms");
+    // "N bytes in N us", 64 KiB an operation.
+    let numbers: Vec<f64> = said.split(' ').filter_map(|word| word.parse().ok()).collect();
+    let rate = numbers[0] / f64::from(64 << 10) / numbers[1] * 1e6 / OPS as f64;
+    println!("{said}: {rate:.3} of the limit");
+    assert!((0.95..=1.05).contains(&rate), "{rate} of the limit: {said}");
+
+    // A bucket of size 0 is none.
+    let limits = json!({ "bandwidth": per_second(2 * MIB), "ops": { "size": 0, "refill_time": 0 } });
+    let update = json!({ "drive_id": "disk", "rate_limiter": limits });
+    let answer = vm.ask("PATCH", "/drives/disk", Some(&update.to_string()));
+    assert_eq!(answer.status, 204, "{}", answer.fault());
+    let rate = vm.rate(&lines, "/block_disk/write_bytes", Duration::from_secs(10)) / (2 * MIB) as f64;
+    println!("{rate:.3} of the new limit");
+    assert!((0.95..=1.05).contains(&rate), "{rate} of the new limit");
+}

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use accounting::reading::Modes;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::{Value, json};
+use tests::bed::Folder;
 use tests::require_bed;
 use tests::vm::{PATIENCE, Vm, grown};
 
@@ -42,6 +43,11 @@ fn busybox(line: &str) -> String {
 
 /// A guest on [`TAP`], whose host's end is up.
 fn guest(what: &str, interface: Value, more: Value) -> Vm {
+    guest_with(what, interface, more, [])
+}
+
+/// Likewise, by a `chronovisor` with more flags.
+fn guest_with<'a>(what: &str, interface: Value, more: Value, flags: impl IntoIterator<Item = &'a str>) -> Vm {
     let mut config = json!({ "iface_id": "eth0", "host_dev_name": TAP, "guest_mac": "06:00:ac:10:00:02" });
     config
         .as_object_mut()
@@ -52,7 +58,7 @@ fn guest(what: &str, interface: Value, more: Value) -> Vm {
         .as_object_mut()
         .expect("an object")
         .extend(more.as_object().expect("an object").clone());
-    let vm = Vm::serve_debian(what, sections);
+    let vm = Vm::serve_debian_with(what, sections, flags);
     busybox("ip link set lo up");
     busybox(&format!("ip addr add 172.16.0.1/30 dev {TAP}"));
     busybox(&format!("ip link set {TAP} up"));
@@ -142,18 +148,53 @@ fn pings_come_back_and_64_mib_of_tcp_arrive_unchanged_in_both_directions() {
     });
 }
 
+/// And its interface has the MTU that it was given; and what the service did is in the metrics.
 #[test]
-fn metadata_is_told_to_a_guest_that_has_a_token() {
+fn metadata_of_a_file_up_to_a_limit_is_told_to_a_guest_that_has_a_token() {
     require_bed!(nohz_full);
     in_own_network(|| {
+        let folder = Folder::new();
+        let document = json!({ "latest": { "meta-data": { "instance-id": "i-4242" } } }).to_string();
+        let metadata = folder.write("metadata", &document).display().to_string();
+        let lines = folder.join("metrics");
+        let limit = document.len().to_string();
+        let flags = [
+            ["--metadata", &metadata],
+            ["--mmds-size-limit", &limit],
+            ["--metrics-path", lines.to_str().expect("a path of the test's own")],
+        ];
         let mmds = json!({ "mmds-config": { "network_interfaces": ["eth0"], "version": "V2" } });
-        // Asked once it is there: the plan sleeps first.
-        let mut vm = guest("net-up,sleep:3000,metadata,poweroff", json!({}), mmds);
-        let metadata = json!({ "latest": { "meta-data": { "instance-id": "i-4242" } } }).to_string();
-        assert_eq!(vm.ask("PUT", "/mmds", Some(&metadata)).status, 204);
-        vm.process
+        let plan = "net-up,metadata,sleep:60000";
+        let mut vm = guest_with(plan, json!({ "mtu": 1400 }), mmds, flags.concat());
+        let said = vm
+            .process
             .wait_for("chronovisor guest: metadata: 401 without a token, \"i-4242\" with one");
-        assert_eq!(vm.process.wait().0.code(), Some(0));
+        assert!(said.contains("net-up: up, with an MTU of 1400"), "{said}");
+
+        // The first is of the start, when nothing had been counted.
+        let line = vm.metrics(&lines).pop().expect("a line");
+        let mmds = |counter: &str| {
+            line["mmds"][counter]
+                .as_u64()
+                .unwrap_or_else(|| panic!("{counter}: {line}"))
+        };
+        // Two GETs, of which one had a token, and a PUT, each by a connection of its own.
+        assert_eq!((mmds("rx_no_token"), mmds("rx_invalid_token")), (1, 0));
+        assert_eq!(mmds("connections_created"), 3);
+        assert!(
+            mmds("rx_accepted") >= mmds("rx_count") && mmds("rx_count") > 0,
+            "{line}"
+        );
+        assert!(mmds("tx_bytes") > mmds("tx_frames") && mmds("tx_frames") > 0, "{line}");
+        assert!(line["vmm"]["device_events"].as_u64() > Some(0), "{line}");
+        assert!(line["net_eth0"]["tx_packets_count"].as_u64() > Some(0), "{line}");
+
+        // What just fits is replaced, and what does not is refused.
+        let other = document.replace("i-4242", "i-4243");
+        assert_eq!(vm.ask("PUT", "/mmds", Some(&other)).status, 204);
+        let larger = document.replace("i-4242", "i-42424");
+        assert_eq!(vm.ask("PUT", "/mmds", Some(&larger)).status, 413);
+        assert_eq!(vm.ask("GET", "/mmds", None).body.to_string(), other);
     });
 }
 

@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tests::bed::Folder;
@@ -26,6 +27,20 @@ fn connect(socket: &Path) -> (UnixStream, BufReader<UnixStream>) {
     reader.read_line(&mut line).expect("an answer");
     assert!(line.starts_with("OK "), "{line}");
     (stream, reader)
+}
+
+/// Sends back what comes until the guest ends the stream, and returns it.
+fn echo(mut stream: UnixStream) -> Vec<u8> {
+    stream.set_read_timeout(Some(PATIENCE)).expect("a time");
+    let (mut came, mut piece) = (Vec::new(), vec![0; 10_000]);
+    loop {
+        let len = stream.read(&mut piece).expect("the guest writes");
+        if len == 0 {
+            return came;
+        }
+        came.extend_from_slice(&piece[..len]);
+        stream.write_all(&piece[..len]).expect("the guest reads");
+    }
 }
 
 /// As the guest sums (FNV-1a).
@@ -69,23 +84,62 @@ fn a_stream_by_the_guest_reaches_the_hosts_port_and_comes_back_unchanged() {
     let socket = folder.join("v.sock");
     let listener = UnixListener::bind(folder.join("v.sock_77")).expect("a socket");
     let mut vm = Vm::serve_debian("vsock-send:77,poweroff", device(&socket));
-    let (mut stream, _) = listener.accept().expect("the guest connects");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a time");
-    let (mut came, mut piece) = (Vec::new(), vec![0; 10_000]);
-    loop {
-        let len = stream.read(&mut piece).expect("the guest writes");
-        if len == 0 {
-            break;
-        }
-        came.extend_from_slice(&piece[..len]);
-        stream.write_all(&piece[..len]).expect("the guest reads");
-    }
-    drop(stream);
+    let (stream, _) = listener.accept().expect("the guest connects");
+    let came = echo(stream);
     let (status, output, stderr) = vm.process.wait();
     assert_eq!(status.code(), Some(0), "{stderr}");
     let sum = fnv(&came);
     let said = format!("vsock-send 77: {TOTAL} bytes, {sum:016x}; back {TOTAL} bytes, {sum:016x}");
     assert!(output.contains(&said), "{said}: {output}");
+}
+
+#[test]
+fn pauses_in_the_middle_of_a_transfer_lose_nothing_of_it() {
+    require_bed!(nohz_full);
+    /// There and back, of which there are four pauses in the emulated host.
+    const LONG: usize = 4 * TOTAL;
+    let folder = Folder::new();
+    let socket = folder.join("v.sock");
+    // It stays until the last pause is over.
+    let plan = "vsock-echo:52,vsock-send:77,sleep:5000,poweroff";
+    let listener = UnixListener::bind(folder.join("v.sock_77")).expect("a socket");
+    let mut vm = Vm::serve_debian(plan, device(&socket));
+    vm.process.wait_for("chronovisor guest: vsock-echo 52: listening");
+    let transfers = std::thread::spawn(move || {
+        let sent: Vec<u8> = (0..LONG).map(|at| (at * 31 + at / 251).to_le_bytes()[0]).collect();
+        let (mut stream, mut reader) = connect(&socket);
+        let echoed = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                stream.write_all(&sent).expect("the guest reads");
+                stream.shutdown(Shutdown::Write).expect("an end");
+            });
+            let mut came = Vec::new();
+            reader.read_to_end(&mut came).expect("the guest writes");
+            came
+        });
+        assert!(echoed == sent, "{} bytes came back of {LONG}", echoed.len());
+        let (stream, _) = listener.accept().expect("the guest connects");
+        (fnv(&sent), fnv(&echo(stream)))
+    });
+    let mut pauses = 0;
+    while !transfers.is_finished() {
+        for (state, time) in [("Paused", 100), ("Resumed", 400)] {
+            let answer = vm.ask("PATCH", "/vm", Some(&json!({ "state": state }).to_string()));
+            assert_eq!(answer.status, 204, "{}", answer.fault());
+            std::thread::sleep(Duration::from_millis(time));
+        }
+        pauses += 1;
+    }
+    println!("{pauses} pauses");
+    let (echoed, sent) = transfers.join().expect("both transfers end");
+    let (status, output, stderr) = vm.process.wait();
+    assert_eq!(status.code(), Some(0), "{stderr}");
+    for said in [
+        format!("vsock-echo 52: {LONG} bytes, {echoed:016x}"),
+        format!("vsock-send 77: {TOTAL} bytes, {sent:016x}; back {TOTAL} bytes, {sent:016x}"),
+    ] {
+        assert!(output.contains(&said), "{said}: {output}");
+    }
 }
 
 #[test]

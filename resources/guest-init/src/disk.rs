@@ -206,16 +206,39 @@ fn mix(x: u64) -> u64 {
     x ^ x >> 31
 }
 
-/// Reads the disk from its start on, again and again, for `time`; how many bytes, and how long it took.
-pub fn read_for(time: Duration) -> io::Result<(u64, Duration)> {
+/// Bytes, and how long they took.
+pub struct Moved {
+    bytes: u64,
+    took: Duration,
+}
+
+impl Moved {
+    /// For the console.
+    pub fn text(self) -> String {
+        format!("{} bytes in {} us", self.bytes, self.took.as_micros())
+    }
+}
+
+/// Reads the disk from its start on, again and again, for `time`: 64 KiB at a time.
+pub fn read_for(time: Duration) -> io::Result<Moved> {
+    move_for(time, |disk, bytes, at| disk.read_exact_at(bytes, at))
+}
+
+/// Likewise, writes zeros.
+pub fn write_for(time: Duration) -> io::Result<Moved> {
+    move_for(time, |disk, bytes, at| disk.write_all_at(bytes, at))
+}
+
+fn move_for(time: Duration, one: impl Fn(&File, &mut [u8], u64) -> io::Result<()>) -> io::Result<Moved> {
     let (disk, len) = open()?;
     let mut buffer = vec![0; 17 * PAGE];
-    let bytes = Part::aligned(&mut buffer, 16);
-    let (begun, mut read) = (Instant::now(), 0);
+    let piece = Part::aligned(&mut buffer, 16);
+    let room = len / piece.len() as u64 * piece.len() as u64;
+    let (begun, mut bytes) = (Instant::now(), 0);
     while begun.elapsed() < time {
-        let room = len / bytes.len() as u64 * bytes.len() as u64;
-        disk.read_exact_at(bytes, read % room)?;
-        read += bytes.len() as u64;
+        one(&disk, piece, bytes % room)?;
+        bytes += piece.len() as u64;
     }
-    Ok((read, begun.elapsed()))
+    let took = begun.elapsed();
+    Ok(Moved { bytes, took })
 }

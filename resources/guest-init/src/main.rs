@@ -62,10 +62,9 @@ fn run(step: Step, cpus: usize) {
                 format!("{written} pages written, {read} read, {wrong} wrong")
             }),
         ),
-        Step::DiskRead(time) => say(
-            step,
-            disk::read_for(time).map(|(bytes, took)| format!("{bytes} bytes in {} us", took.as_micros())),
-        ),
+        Step::DiskRead(time) => say(step, disk::read_for(time).map(disk::Moved::text)),
+        Step::DiskWrite(time) => say(step, disk::write_for(time).map(disk::Moved::text)),
+        Step::Chatter(time) => chatter(time),
         Step::Hwrng(bytes) => say(
             step,
             random::read(bytes).map(|random| {
@@ -87,7 +86,7 @@ fn run(step: Step, cpus: usize) {
                 )
             }),
         ),
-        Step::NetUp => say(step, net::up().map(|()| "up".to_owned())),
+        Step::NetUp => say(step, net::up().map(|mtu| format!("up, with an MTU of {mtu}"))),
         Step::NetReceive(port) => say(
             step,
             net::receive(port).map(|sum| format!("{} bytes, {sum:016x}", net::TOTAL)),
@@ -133,6 +132,16 @@ fn spin(time: Duration, cpus: usize) {
             scope.spawn(spin);
         }
         spin();
+    });
+}
+
+/// Talks to the console for `time`, from a thread of its own.
+fn chatter(time: Duration) {
+    let start = Instant::now();
+    std::thread::spawn(move || {
+        while start.elapsed() < time {
+            println!("{}", "chatter ".repeat(8));
+        }
     });
 }
 

@@ -1,5 +1,6 @@
 //! TCP between the guest and its host, over the first interface: 172.16.0.2, with the host at 172.16.0.1.
 
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
@@ -12,8 +13,8 @@ const HOST: &str = "172.16.0.1";
 pub const TOTAL: usize = 64 << 20;
 const PIECE: usize = 64 << 10;
 
-/// Loads the driver and gives the interface its address.
-pub fn up() -> io::Result<()> {
+/// Loads the driver and gives the interface its address; the MTU that it has.
+pub fn up() -> io::Result<String> {
     modules::load("virtio_mmio")?;
     modules::load("virtio_net")?;
     for line in [
@@ -26,7 +27,8 @@ pub fn up() -> io::Result<()> {
             return Err(io::Error::other(format!("ip {line}: {status}")));
         }
     }
-    Ok(())
+    let mtu = fs::read_to_string("/sys/class/net/eth0/mtu")?;
+    Ok(mtu.trim_end().to_owned())
 }
 
 /// FNV-1a over words of 64 bits instead of bytes: an emulated guest has many to sum.

@@ -6,6 +6,8 @@
 //! | `sleep:MS` | leaves every CPU idle |
 //! | `disk-verify:MS` | writes and reads all over `/dev/vda`, which has to be zeros, and checks what it reads |
 //! | `disk-read:MS` | reads `/dev/vda` and says how much |
+//! | `disk-write:MS` | writes `/dev/vda` and says how much |
+//! | `chatter:MS` | writes to the console for so long, while it does what follows |
 //! | `hwrng:BYTES` | reads so many bytes of the entropy device |
 //! | `touch:MIB` | writes to so much memory, and frees it |
 //! | `balloon` | loads the balloon's driver |
@@ -13,7 +15,7 @@
 //! | `vsock-send:PORT` | connects to the host, sends 4 MiB, and reads what comes back |
 //! | `cpu-flags` | tells what the first CPU can do, as `/proc/cpuinfo` has it |
 //! | `topology` | tells each CPU's siblings, as `/sys` has them: `cpu1 shares its core with 0-1` |
-//! | `net-up` | loads the network's driver and gives eth0 the address 172.16.0.2/30 |
+//! | `net-up` | loads the network's driver, gives eth0 the address 172.16.0.2/30, and says its MTU |
 //! | `net-receive:PORT` | takes one connection of the host's and reads 64 MiB |
 //! | `net-send:PORT` | connects to the host and sends 64 MiB |
 //! | `net-flood:MS` | connects to the host's port 5003 and sends for so long |
@@ -35,6 +37,8 @@ pub enum Step {
     Sleep(Duration),
     DiskVerify(Duration),
     DiskRead(Duration),
+    DiskWrite(Duration),
+    Chatter(Duration),
     NetUp,
     NetReceive(u16),
     NetSend(u16),
@@ -67,6 +71,8 @@ impl fmt::Display for Step {
             Self::NetFlood(time) => write!(f, "net-flood {} ms", time.as_millis()),
             Self::Metadata => f.write_str("metadata"),
             Self::DiskRead(time) => write!(f, "disk-read {} ms", time.as_millis()),
+            Self::DiskWrite(time) => write!(f, "disk-write {} ms", time.as_millis()),
+            Self::Chatter(time) => write!(f, "chatter {} ms", time.as_millis()),
             Self::Hwrng(bytes) => write!(f, "hwrng {bytes} bytes"),
             Self::Touch(mib) => write!(f, "touch {mib} MiB"),
             Self::Balloon => f.write_str("balloon"),
@@ -153,6 +159,8 @@ impl Plan {
                 "net-flood" => steps.push(Step::NetFlood(time()?)),
                 "metadata" => steps.push(Step::Metadata),
                 "disk-read" => steps.push(Step::DiskRead(time()?)),
+                "disk-write" => steps.push(Step::DiskWrite(time()?)),
+                "chatter" => steps.push(Step::Chatter(time()?)),
                 "hwrng" => steps.push(Step::Hwrng(count("BYTES")?)),
                 "touch" => steps.push(Step::Touch(count("MIB")?)),
                 "balloon" => steps.push(Step::Balloon),
