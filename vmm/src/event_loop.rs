@@ -8,7 +8,6 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::thread::JoinHandle;
 
 use accounting::host::{CpuSet, HostCpus, run_on};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -32,13 +31,15 @@ pub(crate) struct Inbox {
     pub wake: Arc<EventFd>,
 }
 
-/// Starts the thread. What fails on it is the microVM's [`End`].
+/// Starts the thread; how the microVM ended comes from what is returned, or nothing where the thread panicked. It is not to be
+/// joined: requests that a disk has not answered (`block/uring.rs`) are this thread's, and keep it, though it has nothing left to
+/// do. What fails on it is the microVM's [`End`].
 pub(crate) fn spawn(
     options: Options,
     cpus: Arc<HostCpus>,
     inbox: Inbox,
     shared: Arc<Shared>,
-) -> io::Result<JoinHandle<End>> {
+) -> io::Result<Receiver<End>> {
     let Options {
         id,
         console,
@@ -63,6 +64,7 @@ pub(crate) fn spawn(
         log,
     };
 
+    let (tell_end, end) = channel();
     // Nobody waits until it runs: a client waits for the API meanwhile, and requests queue.
     std::thread::Builder::new().name("vmm".into()).spawn(move || {
         // The event manager holds its subscribers by Rc, so it is made on its own thread.
@@ -71,9 +73,10 @@ pub(crate) fn spawn(
         let manager = match prepared {
             Ok(manager) => manager,
             Err(e) => {
-                return End::KvmError(format!(
+                let _ = tell_end.send(End::KvmError(format!(
                     "the VMM cannot make its event loop: {e}; raise its limit of open files"
-                ));
+                )));
+                return;
             }
         };
         let control = Control {
@@ -83,8 +86,10 @@ pub(crate) fn spawn(
             happening: wake,
             metrics: None,
         };
-        run(manager, control, console)
-    })
+        // Nobody listens where nobody asks.
+        let _ = tell_end.send(run(manager, control, console));
+    })?;
+    Ok(end)
 }
 
 type Subscriber = Rc<RefCell<dyn MutEventSubscriber>>;

@@ -44,9 +44,8 @@ pub mod requests;
 mod testing;
 
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 
 use accounting::GtimeSource;
 use accounting::host::HostCpus;
@@ -221,15 +220,15 @@ impl Unstarted {
     /// The thread, or one of its descriptors, could not be made, or the host's CPUs not be read.
     pub fn start(self, options: Options) -> std::io::Result<Vmm> {
         let cpus = Arc::new(HostCpus::read()?);
-        let thread = event_loop::spawn(options, cpus, self.inbox, self.shared)?;
-        Ok(Vmm { thread })
+        let end = event_loop::spawn(options, cpus, self.inbox, self.shared)?;
+        Ok(Vmm { end })
     }
 }
 
-/// The VMM thread: join it to learn how the VM ended.
+/// The VMM thread: wait for it to learn how the VM ended.
 #[derive(Debug)]
 pub struct Vmm {
-    thread: JoinHandle<End>,
+    end: Receiver<End>,
 }
 
 impl Vmm {
@@ -242,11 +241,11 @@ impl Vmm {
         Ok((unstarted.start(options)?, handle))
     }
 
-    /// Waits for the microVM's end.
+    /// Waits for the microVM's end: its vCPUs and devices are gone then, and all that its guest wrote to the console is out.
     #[must_use]
     pub fn join(self) -> End {
         let panicked = |_| End::KvmError("the VMM thread panicked: an error of ours; report the message above".into());
-        self.thread.join().unwrap_or_else(panicked)
+        self.end.recv().unwrap_or_else(panicked)
     }
 }
 

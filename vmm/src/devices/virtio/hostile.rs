@@ -481,14 +481,14 @@ struct Told {
 
 /// Has a driver that behaves set the device up, and leaves it reset.
 fn serves_the_next_driver(driver: &mut Driver) {
-    driver.set(STATUS, 0);
+    driver.reset();
     // What was signalled before the reset is still heard, once: a notification for each queue, and the device's own.
     driver.turn(32);
     assert_eq!(driver.turn(32), 0, "a device that was reset is busy");
     driver.set_up(u64::MAX);
     driver.turn(32);
     assert_eq!(driver.get(STATUS) & (READY | NEEDS_RESET), READY);
-    driver.set(STATUS, 0);
+    driver.reset();
     driver.turn(32);
 }
 

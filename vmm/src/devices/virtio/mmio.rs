@@ -10,8 +10,18 @@
 //! was not offered finds FEATURES_OK still clear (3.1.1); one that is ready with queues that are none finds the device in need
 //! of a reset.
 //!
+//! **A reset** may have to wait for a disk, and the vCPU that wrote it does not. The status then reads as DEVICE_NEEDS_RESET, and as
+//! 0, which is what a driver has to wait for (2.1.1, 2.4), once the device's [`is_resetting`](super::VirtioDevice::is_resetting)
+//! ends. Linux's driver for this transport does not wait: it goes on with ACKNOWLEDGE, adding each of its bits to those that it
+//! reads. So what reads as not yet reset is a bit that nobody may write, and no bit of the driver before (Linux stops at a
+//! DRIVER_OK that it has not set); it is gone as soon as the driver adds one. From then on all is as after any other reset: features,
+//! queues and DRIVER_OK are taken, and the device takes its first chain from the new rings when the last request from the old ones
+//! has ended. No answer to an old request is ever put into a ring, old or new. What a driver who does not wait has to answer for
+//! itself is the memory that it gave to old requests: that is the device's until the reset has ended, here as with any hardware.
+//!
 //! Notifications never arrive here: KVM turns the write into an eventfd's ([`Transport::NOTIFY`]). Interrupt status and its
-//! acknowledgement take no lock; the other registers take one that is held during I/O only while a reset waits for it to end.
+//! acknowledgement take no lock. Other registers take one that no I/O is done under. Configuration space, a reset and DRIVER_OK
+//! take the device's own, under which it does its I/O: none that waits, but for a disk with the Sync engine.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -248,6 +258,7 @@ impl Transport {
             register::QUEUE_NUM_MAX => registers.queue().map_or(0, |queue| queue.max_size().into()),
             register::QUEUE_READY => registers.queue().is_some_and(|queue| queue.ready()).into(),
             register::STATUS if self.interrupt.needs_reset() => registers.status | status::NEEDS_RESET,
+            register::STATUS if registers.status == 0 && self.interrupt.is_resetting() => status::NEEDS_RESET,
             register::STATUS => registers.status,
             _ => 0,
         }
@@ -360,7 +371,10 @@ impl Transport {
     }
 
     fn reset(&self, registers: &mut Registers) {
-        self.device.lock().expect("no holder of this lock panics").reset();
+        let mut device = self.device.lock().expect("no holder of this lock panics");
+        device.reset();
+        self.interrupt.set_resetting(device.is_resetting());
+        drop(device);
         let mut queues = std::mem::take(&mut registers.queues);
         queues.iter_mut().for_each(QueueT::reset);
         *registers = Registers {

@@ -71,8 +71,15 @@ pub trait VirtioDevice: Debug + Send {
     fn activate(&mut self, active: Active);
 
     /// Back to what it was before [`VirtioDevice::activate`]: [`Active`] is dropped, and nothing of guest memory is written any
-    /// more once this returns.
+    /// more once [`VirtioDevice::is_resetting`] says no. Called on a vCPU thread: it waits for nothing.
     fn reset(&mut self);
+
+    /// Whether a reset has yet to end, for work of the driver before is still under way: its ends come as events of
+    /// [`VirtioDevice::sources`]. Meanwhile the device may be activated by a driver that did not wait, and serves it once the reset
+    /// has ended.
+    fn is_resetting(&self) -> bool {
+        false
+    }
 
     /// What else it waits for: a descriptor each, valid as long as the device. [`EventSet::EDGE_TRIGGERED`] where readiness
     /// may last.
@@ -139,6 +146,8 @@ pub struct Interrupt {
     status: AtomicU32,
     generation: AtomicU32,
     needs_reset: AtomicBool,
+    /// [`VirtioDevice::is_resetting`], for those who do not wait for its lock. Written under that.
+    resetting: AtomicBool,
 }
 
 /// Interrupt status: a queue has used buffers.
@@ -155,6 +164,7 @@ impl Interrupt {
             status: AtomicU32::new(0),
             generation: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            resetting: AtomicBool::new(false),
         })
     }
 
@@ -184,6 +194,14 @@ impl Interrupt {
     #[must_use]
     pub fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::Acquire)
+    }
+
+    fn set_resetting(&self, resetting: bool) {
+        self.resetting.store(resetting, Ordering::Release);
+    }
+
+    fn is_resetting(&self) -> bool {
+        self.resetting.load(Ordering::Acquire)
     }
 
     fn clear(&self) {
@@ -245,9 +263,14 @@ impl DeviceEvents {
             }
             None => device.ready(place - self.notifications.len()),
         };
-        if let Err(error) = result {
+        if result.is_err() {
             device.reset();
-            drop(device);
+        }
+        if self.interrupt.is_resetting() {
+            self.interrupt.set_resetting(device.is_resetting());
+        }
+        drop(device);
+        if let Err(error) = result {
             self.interrupt.set_needs_reset();
             if self.complaints.due() {
                 tracing::warn!(

@@ -137,7 +137,16 @@ impl Driver {
         data
     }
 
-    /// From reset to ready (3.1.1).
+    /// Resets the device, and has it do what it has to until it is reset (2.4).
+    pub fn reset(&mut self) {
+        self.set(STATUS, 0);
+        while self.get(STATUS) != 0 {
+            let events = self.turn_for(1, Duration::from_secs(60));
+            assert!(events > 0 || self.get(STATUS) == 0, "a reset that does not end");
+        }
+    }
+
+    /// From reset to ready (3.1.1), without waiting for the reset to end, as Linux's driver.
     pub fn set_up(&mut self, features: u64) {
         self.set(STATUS, 0);
         self.set(STATUS, 1);
@@ -262,7 +271,9 @@ impl Driver {
     fn ready(&self, patience: Duration) -> Vec<usize> {
         let patience = Timespec::try_from(patience).unwrap();
         let mut ready = Vec::with_capacity(16);
-        epoll::wait(&self.epoll, spare_capacity(&mut ready), Some(&patience)).unwrap();
+        // What io_uring has to do for this thread interrupts it, as a signal would.
+        let wait = || epoll::wait(&self.epoll, spare_capacity(&mut ready), Some(&patience));
+        rustix::io::retry_on_intr(wait).unwrap();
         let mut places: Vec<_> = ready
             .iter()
             .map(|event| usize::try_from(event.data.u64()).unwrap())

@@ -1,9 +1,11 @@
 //! The file behind a disk: opened, locked, measured.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, OFlags, SeekFrom, fcntl_setfl, flock, seek};
@@ -92,6 +94,24 @@ impl Disk {
             sectors: len / SECTOR,
             id: self.id,
         })
+    }
+
+    /// Makes safe what was written (`fdatasync`); waits for `patience` at most.
+    ///
+    /// # Errors
+    /// What the system said, or that it did not say anything in time.
+    pub fn sync(&self, patience: Duration) -> io::Result<()> {
+        let file = Arc::clone(&self.file);
+        let (tell, told) = sync_channel(1);
+        // The call waits for the disk however long that takes: not on a thread of which others want something.
+        std::thread::Builder::new().name("sync".into()).spawn(move || {
+            let result = file.sync_data();
+            // First: who hears of it may want the file's lock.
+            drop(file);
+            let _ = tell.send(result);
+        })?;
+        told.recv_timeout(patience)
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "its disk does not answer")))
     }
 
     /// Whether `path` names this very file.

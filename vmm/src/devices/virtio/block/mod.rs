@@ -6,9 +6,15 @@
 //!
 //! `cache_type` Writeback offers the driver a flush, which is an `fdatasync`; Unsafe offers none, as Firecracker's does, and a
 //! driver that flushes all the same is told that it is done.
+//!
+//! A disk may stop answering. Then its requests stay unanswered, as they would on a machine with such a disk, and with the Async
+//! engine nothing else stands still: a reset ends once they have (`uring.rs`), a change of file is refused after [`PATIENCE`],
+//! the end of the microVM waits no longer than that and [`SAFE_PATIENCE`]. A driver that does not wait for its reset to end is set
+//! up meanwhile, and served once it has. The Sync engine waits for its disk on the VMM thread, with all that thread does.
 
 mod disk;
 mod request;
+mod ring;
 mod sync;
 mod uring;
 
@@ -16,7 +22,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
 use serde::Serialize;
@@ -36,6 +42,13 @@ const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
 /// Bytes moved for one notification: then others have their turn. A flush counts as a quarter.
 const TURN: u64 = 8 << 20;
+/// How long a change of file, or the end, waits for requests under way. Disks that are alive answer in far less, those behind a
+/// network that has just lost a packet in about one second.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it waits after that for cancelled ones.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(1);
+/// How long they wait for what was written to be safe: a few GiB, on a slow disk.
+const SAFE_PATIENCE: Duration = Duration::from_secs(30);
 /// Pieces of memory in one request: all of a queue, less its head and its status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
@@ -109,6 +122,20 @@ pub enum BlockError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The disk does not answer.
+    #[error(
+        "drive {drive}: {requests} requests to its file so far have not ended in {} s: it stays that file; see whether its \
+         disk answers, and try again",
+        waited.as_secs()
+    )]
+    UnderWay {
+        /// The drive.
+        drive: String,
+        /// How many they are.
+        requests: usize,
+        /// For how long they were waited for.
+        waited: Duration,
+    },
     /// No io_uring.
     #[error(
         "drive {drive}: this host has no io_uring for io_engine Async: {source}; use Linux 5.10 or later with \
@@ -168,6 +195,8 @@ pub struct Block {
     complaints: Complaints,
     /// The file was changed while no driver was ready.
     changed: bool,
+    /// [`PATIENCE`].
+    patience: Duration,
     active: Option<Active>,
 }
 
@@ -206,6 +235,7 @@ impl Block {
             metrics: Arc::default(),
             complaints: Complaints::default(),
             changed: false,
+            patience: PATIENCE,
             active: None,
         })
     }
@@ -227,7 +257,13 @@ impl Block {
         } else {
             Disk::open(&self.drive, path, self.read_only)?
         };
-        self.settle();
+        if let Err(requests) = self.settle(self.patience) {
+            return Err(BlockError::UnderWay {
+                drive: self.drive.clone(),
+                requests,
+                waited: self.patience,
+            });
+        }
         self.make_safe().map_err(|source| BlockError::Sync {
             drive: self.drive.clone(),
             source,
@@ -250,18 +286,35 @@ impl Block {
     /// written to is left alone: making others' writes safe may take its time.
     fn make_safe(&self) -> std::io::Result<()> {
         if self.cache == CacheType::Writeback && self.metrics.write_count.load(Ordering::Relaxed) > 0 {
-            self.disk.file.sync_data()?;
+            self.disk.sync(SAFE_PATIENCE)?;
         }
         Ok(())
     }
 
-    /// Waits for the requests under way, and answers them.
-    fn settle(&mut self) {
-        if let (Engine::Async(uring), Some(active)) = (&mut self.engine, &mut self.active) {
-            uring.wait();
+    /// Waits for the requests under way, for `patience`, and answers those that ended.
+    ///
+    /// # Errors
+    /// So many have not.
+    fn settle(&mut self, patience: Duration) -> Result<(), usize> {
+        let Engine::Async(uring) = &mut self.engine else {
+            return Ok(());
+        };
+        let all = uring.wait(patience);
+        if let Some(active) = &mut self.active {
             // A ring that cannot be written any more has no driver that waits.
             let _ = answer(uring, active, &self.metrics, &self.drive, &self.complaints);
         }
+        if all { Ok(()) } else { Err(uring.under_way()) }
+    }
+
+    /// As [`Block::settle`], at the end: what does not end is cancelled, and what does not heed that is left to the kernel.
+    fn settle_for_good(&mut self) -> Result<(), usize> {
+        self.settle(self.patience).or_else(|_| {
+            if let Engine::Async(uring) = &mut self.engine {
+                uring.abandon();
+            }
+            self.settle(CANCEL_PATIENCE)
+        })
     }
 
     /// Takes requests from the driver, at most a queue's length of them, and starts or does them. True if there may be more.
@@ -314,7 +367,8 @@ impl Block {
                     done
                 }
                 (Ok(kind), Engine::Async(uring)) => {
-                    uring.start(Arc::clone(&self.disk.file), &kind, head, request.status);
+                    let (file, memory) = (Arc::clone(&self.disk.file), Arc::clone(&active.memory));
+                    uring.start(file, memory, &kind, head, request.status);
                     continue;
                 }
             };
@@ -328,7 +382,8 @@ impl Block {
 
     /// As [`Block::take`], and what belongs around it.
     fn serve(&mut self) -> Result<(), QueueError> {
-        if self.limiter.is_waiting() {
+        // The last completion of the driver before goes on here.
+        if self.limiter.is_waiting() || self.is_resetting() {
             return Ok(());
         }
         let mut more = self.take()?;
@@ -430,8 +485,11 @@ impl Done {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        self.settle();
-        if let Err(error) = self.make_safe() {
+        let safe = match self.settle_for_good() {
+            Ok(()) => self.make_safe(),
+            Err(requests) => Err(std::io::Error::other(format!("{requests} requests have not ended"))),
+        };
+        if let Err(error) = safe {
             tracing::error!("drive {}: what the guest wrote last may be lost: {error}", self.drive);
         }
     }
@@ -474,10 +532,13 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         if let Engine::Async(uring) = &mut self.engine {
-            uring.wait();
-            uring.forget();
+            uring.abandon();
         }
         self.active = None;
+    }
+
+    fn is_resetting(&self) -> bool {
+        matches!(&self.engine, Engine::Async(uring) if uring.is_draining())
     }
 
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
@@ -497,7 +558,9 @@ impl VirtioDevice for Block {
             self.limiter.expired();
         } else if let Engine::Async(uring) = &mut self.engine {
             uring.hear();
-            if let Some(active) = &mut self.active {
+            if uring.is_draining() {
+                uring.drain();
+            } else if let Some(active) = &mut self.active {
                 answer(uring, active, &self.metrics, &self.drive, &self.complaints)?;
             }
         }
@@ -506,5 +569,7 @@ impl VirtioDevice for Block {
     }
 }
 
+#[cfg(test)]
+mod dead_disk_tests;
 #[cfg(test)]
 mod tests;

@@ -320,26 +320,6 @@ fn what_is_no_disk_is_refused_in_words() {
 }
 
 #[test]
-fn requests_under_way_are_done_before_a_reset_returns() {
-    let mut disk = Setup::new(8, IoEngine::Async);
-    disk.head(1, 0);
-    disk.driver.write(DATA, &[0xee; 4096]);
-    disk.driver.put(
-        0,
-        &[from_driver(HEAD, 16), from_driver(DATA, 4096), for_driver(STATUS, 1)],
-    );
-    disk.driver.notify(0);
-    // Started, its completion not heard.
-    disk.driver.turn(1);
-    disk.driver.set(0x70, 0);
-    assert!(format!("{:?}", disk.block.lock().unwrap().engine).contains("under_way: 0"));
-    assert!(fs::read(disk.image.path()).unwrap() == vec![0xee; 4096]);
-    disk.driver.turn(100);
-    disk.driver.set_up(u64::MAX);
-    assert_eq!(disk.ask(0, 0, &[for_driver(DATA, 512)]), (S_OK, 513));
-}
-
-#[test]
 fn a_hostile_driver_harms_nobody() {
     let image = TempFile::new(&[0x11; 32 << 10]);
     for engine in ENGINES {

@@ -1,8 +1,25 @@
 //! The Async engine: io_uring, as many requests at once as the guest asks for. Answers come in whatever order they come;
 //! a guest that wants an order waits, or flushes.
 //!
-//! While a request is under way the kernel reads or writes guest memory by address: [`Uring::wait`] has to come before that
-//! memory may go, and comes at reset and at the end.
+//! While a request is under way the kernel reads or writes guest memory by address. So each request holds that memory, and its
+//! file, until its completion is taken from the ring ([`UnderWay`]); nothing takes them from it before.
+//!
+//! ```text
+//!                    reset                       the last completion
+//!   serving ─────────────────────► draining ────────────────────────► serving
+//!           Uring::abandon,          │  ▲    Uring::drain, on the VMM thread:
+//!           by a vCPU's thread:      └──┘    cancel, take completions, answer none
+//!           notes it, wakes the VMM
+//! ```
+//!
+//! *A reset waits for nothing.* A disk that does not answer (a path that went down, a server that is gone) may take minutes, or for
+//! ever, and whoever resets is a vCPU's thread. So it only notes that what is under way is nobody's any more. The VMM's thread
+//! cancels it (`IORING_OP_ASYNC_CANCEL`), which ends at once what waits in a queue, and is of no use where a disk's driver has the
+//! request: that one ends when it ends. It is the VMM's thread, too, because requests belong to the thread that submits them: a
+//! vCPU's thread that had submitted any could not end before they do.
+//!
+//! *The end waits for a while only* ([`Uring::wait`]). What is under way after that keeps its memory and its file for as long as
+//! the process lives. The kernel may hold on to the process itself until its disk has answered; that is not ours to change.
 #![allow(
     unsafe_code,
     reason = "the kernel is given addresses of guest memory, to use after the call"
@@ -10,15 +27,18 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use io_uring::{IoUring, cqueue, opcode, types};
+use io_uring::{opcode, types};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vm_memory::GuestAddress;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::request::{Kind, Operation};
+use super::ring::{KernelRing, Ring};
 use super::sync::transfer;
+use crate::memory::GuestMemory;
 
 /// A request under way.
 struct UnderWay {
@@ -30,6 +50,8 @@ struct UnderWay {
     // The kernel reads them until the request is done. Boxed by Vec: the entry may move, they do not.
     iovecs: Vec<libc::iovec>,
     file: Arc<File>,
+    /// What the vectors name.
+    _memory: Arc<GuestMemory>,
 }
 
 /// A request that is done.
@@ -44,14 +66,27 @@ pub(super) struct Completed {
     pub result: io::Result<u64>,
 }
 
+/// What is under way is nobody's any more.
+#[derive(Debug)]
+struct Drain {
+    /// Places of requests that have yet to be cancelled.
+    to_cancel: Vec<usize>,
+    /// Cancellations under way.
+    cancelling: usize,
+}
+
+/// User data of a cancellation; a request's is its place.
+const CANCELLATION: u64 = u64::MAX;
+
 /// See the module.
 pub(super) struct Uring {
-    ring: IoUring,
-    done: EventFd,
+    ring: Box<dyn Ring>,
+    done: OwnedFd,
     under_way: Vec<Option<UnderWay>>,
     free: Vec<usize>,
     /// Taken from the ring while waiting, and not yet answered.
     completed: Vec<Completed>,
+    drain: Option<Drain>,
 }
 
 // SAFETY: the pointers in `under_way` are the kernel's to follow, from any thread; nothing here does.
@@ -60,7 +95,8 @@ unsafe impl Send for Uring {}
 impl std::fmt::Debug for Uring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Uring")
-            .field("under_way", &self.count())
+            .field("under_way", &self.under_way())
+            .field("drain", &self.drain)
             .finish_non_exhaustive()
     }
 }
@@ -71,20 +107,26 @@ impl Uring {
     /// # Errors
     /// The host has no io_uring for us.
     pub fn new(requests: u16) -> io::Result<Self> {
-        let ring = IoUring::new(requests.into())?;
-        let done = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        ring.submitter().register_eventfd(done.as_raw_fd())?;
+        let done = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        let ring = KernelRing::new(requests, &done)?;
+        Ok(Self::over(Box::new(ring), done, requests))
+    }
+
+    /// Over `ring`, which announces completions on `done` and has room for twice `requests` of them.
+    pub fn over(ring: Box<dyn Ring>, done: OwnedFd, requests: u16) -> Self {
         let count = usize::from(requests);
-        Ok(Self {
+        Self {
             ring,
             done,
             under_way: (0..count).map(|_| None).collect(),
             free: (0..count).rev().collect(),
             completed: Vec::new(),
-        })
+            drain: None,
+        }
     }
 
-    fn count(&self) -> usize {
+    /// How many requests are under way.
+    pub fn under_way(&self) -> usize {
         self.under_way.len() - self.free.len()
     }
 
@@ -93,11 +135,20 @@ impl Uring {
         self.free.is_empty()
     }
 
-    /// Starts `kind`, which must not be [`Kind::Id`], on `file`; the kernel hears of it at [`Uring::submit`].
+    /// Starts `kind`, which must not be [`Kind::Id`] and whose buffers are `memory`'s, on `file`; the kernel hears of it at
+    /// [`Uring::submit`].
     ///
     /// # Panics
-    /// It is full.
-    pub fn start(&mut self, file: Arc<File>, kind: &Kind<'_>, head: u16, status: GuestAddress) {
+    /// It is full, or draining.
+    pub fn start(
+        &mut self,
+        file: Arc<File>,
+        memory: Arc<GuestMemory>,
+        kind: &Kind<'_>,
+        head: u16,
+        status: GuestAddress,
+    ) {
+        assert!(self.drain.is_none(), "is_draining is asked first");
         let place = self.free.pop().expect("is_full is asked first");
         let (at, iovecs) = match kind {
             Kind::Read(at, data) | Kind::Write(at, data) => (*at, data.iovecs()),
@@ -118,96 +169,168 @@ impl Uring {
             bytes: kind.bytes(),
             iovecs,
             file,
+            _memory: memory,
         });
-        // SAFETY: the file and the vectors live in `under_way` until the entry completes. What the vectors name is guest memory,
-        // which is unmapped only after `wait`: at reset, or when the device, which holds the memory, is dropped.
-        let pushed = unsafe { self.ring.submission().push(&entry.user_data(place as u64)) };
+        // SAFETY: the file, the vectors and the memory that they name live in `under_way` until the entry completes, or for ever.
+        let pushed = unsafe { self.ring.push(&entry.user_data(place as u64)) };
         // As many entries as places, and every submit empties the queue.
-        pushed.expect("there is an entry for each place");
+        assert!(pushed, "there is an entry for each place");
     }
 
     /// Lets the kernel begin what was started. False if it would not take all of it now.
     #[must_use]
     pub fn submit(&mut self) -> bool {
-        while !self.ring.submission().is_empty() {
-            match self.ring.submit() {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    // Want of kernel memory, or a ring full of completions.
-                    tracing::debug!("io_uring takes no requests now: {error}");
-                    return false;
-                }
-            }
+        let submitted = self.ring.submit();
+        if let Err(error) = &submitted {
+            tracing::debug!("io_uring takes no requests now: {error}");
         }
-        true
+        submitted.is_ok()
     }
 
     /// The eventfd was readable.
     pub fn hear(&self) {
-        let _ = self.done.read();
+        let _ = rustix::io::read(&self.done, &mut [0; 8]);
+    }
+
+    /// Makes the eventfd readable: there is something to do that no completion announces.
+    fn wake(&self) {
+        // Fails only where it is as readable as it can be.
+        let _ = rustix::io::write(&self.done, &1u64.to_ne_bytes());
     }
 
     /// A request that is done, if there is one.
     pub fn next_completed(&mut self) -> Option<Completed> {
-        if let Some(completed) = self.completed.pop() {
-            return Some(completed);
+        self.completed.pop().or_else(|| self.reap())
+    }
+
+    /// The next completion to be answered.
+    fn reap(&mut self) -> Option<Completed> {
+        while let Some((user_data, result)) = self.ring.next() {
+            if let Some(Drain { cancelling, .. }) = &mut self.drain
+                && user_data == CANCELLATION
+            {
+                // Whether it came in time is seen by the request's own completion.
+                *cancelling -= 1;
+                continue;
+            }
+            let place = usize::try_from(user_data).unwrap_or(usize::MAX);
+            let Some(done) = self.under_way.get_mut(place).and_then(Option::take) else {
+                continue;
+            };
+            self.free.push(place);
+            if self.drain.is_none() {
+                return Some(completed(&done, result));
+            }
         }
-        let entry = self.ring.completion().next()?;
-        self.complete(&entry)
+        None
     }
 
-    fn complete(&mut self, entry: &cqueue::Entry) -> Option<Completed> {
-        let place = usize::try_from(entry.user_data()).ok()?;
-        let done = self.under_way.get_mut(place)?.take()?;
-        self.free.push(place);
-        let UnderWay {
-            head,
-            status,
-            operation,
-            bytes,
-            ..
-        } = done;
-        let result = match u64::try_from(entry.result()) {
-            Err(_) => Err(io::Error::from_raw_os_error(-entry.result())),
-            Ok(transferred) if transferred == bytes || operation == Operation::Flush => Ok(()),
-            Ok(transferred) => rest(&done, transferred),
-        };
-        let result = result.map(|()| if operation == Operation::Read { bytes } else { 0 });
-        Some(Completed {
-            head,
-            status,
-            operation,
-            bytes,
-            result,
-        })
+    /// Its driver is gone: nothing that is under way is answered any more. It is cancelled by the VMM's thread, which finds its
+    /// eventfd readable; nothing is waited for here.
+    pub fn abandon(&mut self) {
+        self.completed.clear();
+        if self.drain.is_none() && self.under_way() > 0 {
+            let is_under_way = |&place: &usize| self.under_way[place].is_some();
+            self.drain = Some(Drain {
+                to_cancel: (0..self.under_way.len()).filter(is_under_way).collect(),
+                cancelling: 0,
+            });
+            self.wake();
+        }
     }
 
-    /// Waits until nothing is under way. What was done is still there to be answered.
-    pub fn wait(&mut self) {
-        while self.count() > 0 {
-            match self.ring.submit_and_wait(1) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    tracing::debug!("waiting for a disk: {error}");
-                    std::thread::sleep(std::time::Duration::from_millis(10));
+    /// Whether there is still something under way of a driver that is gone: nothing may be started meanwhile.
+    pub fn is_draining(&self) -> bool {
+        self.drain.is_some()
+    }
+
+    /// Cancels what is under way of a driver that is gone, and takes what has ended.
+    pub fn drain(&mut self) {
+        while let Some(place) = self.drain.as_mut().and_then(|drain| drain.to_cancel.pop()) {
+            let entry = opcode::AsyncCancel::new(place as u64).build().user_data(CANCELLATION);
+            // SAFETY: the entry names nothing but a number.
+            let pushed = unsafe { self.ring.push(&entry) };
+            let Some(drain) = &mut self.drain else { return };
+            if pushed {
+                drain.cancelling += 1;
+            } else {
+                drain.to_cancel.push(place);
+                if !self.submit() {
+                    break;
                 }
             }
-            loop {
-                let Some(entry) = self.ring.completion().next() else {
-                    break;
-                };
-                if let Some(completed) = self.complete(&entry) {
+        }
+        if self.drain.is_some() && !self.submit() {
+            // It may take them in a moment; completions need not come before.
+            self.wake();
+        }
+        let answered = self.reap();
+        debug_assert!(answered.is_none(), "what drains is nobody's");
+        // Cancellations too: one that comes late would be taken for the next driver's.
+        if let Some(drain) = &self.drain
+            && drain.cancelling == 0
+            && self.under_way() == 0
+        {
+            self.drain = None;
+        }
+    }
+
+    /// Waits until nothing is under way, for `patience`. What was done is still there to be answered. False where something is
+    /// still under way.
+    pub fn wait(&mut self, patience: Duration) -> bool {
+        let end = Instant::now() + patience;
+        loop {
+            let submitted = if self.is_draining() {
+                self.drain();
+                true
+            } else {
+                let submitted = self.submit();
+                while let Some(completed) = self.reap() {
                     self.completed.push(completed);
                 }
+                submitted
+            };
+            if self.under_way() == 0 && !self.is_draining() {
+                break;
             }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            // What it would not take it takes in a moment, which nothing announces.
+            let left = if submitted { left } else { left.min(A_MOMENT) };
+            let timeout = Timespec::try_from(left).ok();
+            let _ = poll(&mut [PollFd::new(&self.done, PollFlags::IN)], timeout.as_ref());
+            self.hear();
         }
+        // What was heard here is for the event loop to hear of as well.
+        self.wake();
+        self.under_way() == 0
     }
+}
 
-    /// Drops what was done and not answered: its driver is gone.
-    pub fn forget(&mut self) {
-        self.completed.clear();
+/// Until the kernel is asked again to take what it would not.
+const A_MOMENT: Duration = Duration::from_millis(10);
+
+/// The answer to `done`, which the kernel ended with `result`.
+fn completed(done: &UnderWay, result: i32) -> Completed {
+    let result = match u64::try_from(result) {
+        Err(_) => Err(io::Error::from_raw_os_error(-result)),
+        Ok(transferred) if transferred == done.bytes || done.operation == Operation::Flush => Ok(()),
+        Ok(transferred) => rest(done, transferred),
+    };
+    Completed {
+        head: done.head,
+        status: done.status,
+        operation: done.operation,
+        bytes: done.bytes,
+        result: result.map(|()| {
+            if done.operation == Operation::Read {
+                done.bytes
+            } else {
+                0
+            }
+        }),
     }
 }
 
@@ -249,6 +372,9 @@ impl AsRawFd for Uring {
 
 impl Drop for Uring {
     fn drop(&mut self) {
-        self.wait();
+        if self.under_way() > 0 {
+            // Whoever drops it has waited for as long as he would. The kernel still has the addresses.
+            std::mem::forget(std::mem::take(&mut self.under_way));
+        }
     }
 }
