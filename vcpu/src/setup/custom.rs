@@ -12,14 +12,15 @@
 //! as it is, and `_` is for the eye. What it changes has to be there: a leaf, register or capability that this host does not have
 //! is an error, for the guest would not be what was asked for.
 
+use std::fmt;
 use std::str::FromStr;
 
-use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
+use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// What to change. The default changes nothing.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CpuConfig {
     /// Capabilities of KVM's that have to be there; or, with `!`, need not be, though we would ask for them.
@@ -34,8 +35,8 @@ pub struct CpuConfig {
 }
 
 /// A capability by its number (Documentation/virt/kvm/api.rst).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Capability {
     /// `"171"`: it has to be there.
     Needed(u32),
@@ -58,15 +59,24 @@ impl TryFrom<String> for Capability {
     }
 }
 
+impl From<Capability> for String {
+    fn from(capability: Capability) -> Self {
+        match capability {
+            Capability::Needed(number) => number.to_string(),
+            Capability::NotNeeded(number) => format!("!{number}"),
+        }
+    }
+}
+
 /// Changes of one leaf of CPUID.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LeafModifier {
     /// EAX, as a guest asks.
-    #[serde(deserialize_with = "number")]
+    #[serde(deserialize_with = "number", serialize_with = "hexadecimal")]
     pub leaf: u32,
     /// ECX, as a guest asks.
-    #[serde(deserialize_with = "number")]
+    #[serde(deserialize_with = "number", serialize_with = "hexadecimal")]
     pub subleaf: u32,
     /// KVM's flags of the leaf: 1 where the subleaf matters.
     pub flags: u32,
@@ -75,7 +85,7 @@ pub struct LeafModifier {
 }
 
 /// A change of one register of a leaf.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RegisterModifier {
     /// Which.
@@ -85,7 +95,7 @@ pub struct RegisterModifier {
 }
 
 /// A register that CPUID answers in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[expect(missing_docs, reason = "the processor's names")]
 pub enum Register {
@@ -96,19 +106,19 @@ pub enum Register {
 }
 
 /// A change of a model-specific register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MsrModifier {
     /// Its number.
-    #[serde(deserialize_with = "number")]
+    #[serde(deserialize_with = "number", serialize_with = "hexadecimal")]
     pub addr: u32,
     /// How.
     pub bitmap: Bitmap<64>,
 }
 
 /// Bits of a register of `BITS` bits that are set or cleared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Bitmap<const BITS: usize> {
     /// Those that are.
     filter: u64,
@@ -157,6 +167,32 @@ impl<const BITS: usize> TryFrom<String> for Bitmap<BITS> {
     fn try_from(text: String) -> Result<Self, String> {
         text.parse()
     }
+}
+
+impl<const BITS: usize> fmt::Display for Bitmap<BITS> {
+    /// From the highest bit that is set or cleared down.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("0b")?;
+        let highest = self.filter.checked_ilog2().unwrap_or(0);
+        (0..=highest).rev().try_for_each(|bit| {
+            f.write_str(match (self.filter >> bit & 1, self.value >> bit & 1) {
+                (0, _) => "x",
+                (_, 0) => "0",
+                _ => "1",
+            })
+        })
+    }
+}
+
+impl<const BITS: usize> From<Bitmap<BITS>> for String {
+    fn from(bitmap: Bitmap<BITS>) -> Self {
+        bitmap.to_string()
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde's serialize_with wants it")]
+fn hexadecimal<S: Serializer>(number: &u32, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(&format_args!("{number:#x}"))
 }
 
 /// `"0x1f"` or `"0b11111"`.
@@ -241,15 +277,10 @@ impl CpuConfig {
             let mut leaves = cpuid.as_mut_slice().iter_mut();
             let found = leaves.find(|found| (found.function, found.index, found.flags) == (leaf, subleaf, flags));
             let found = found.ok_or(CustomError::Leaf { leaf, subleaf, flags })?;
-            for RegisterModifier { register, bitmap } in &modifier.modifiers {
-                let register = match register {
-                    Register::Eax => &mut found.eax,
-                    Register::Ebx => &mut found.ebx,
-                    Register::Ecx => &mut found.ecx,
-                    Register::Edx => &mut found.edx,
-                };
+            for modifier in &modifier.modifiers {
+                let register = register(found, modifier.register);
                 // A bitmap of 32 bits leaves 32.
-                *register = u32::try_from(bitmap.apply((*register).into())).unwrap_or(*register);
+                *register = u32::try_from(modifier.bitmap.apply((*register).into())).unwrap_or(*register);
             }
         }
         Ok(())
@@ -261,23 +292,42 @@ impl CpuConfig {
     /// The first register that cannot be read or set.
     pub fn change_msrs(&self, fd: &VcpuFd, index: u32) -> Result<(), CustomError> {
         for &MsrModifier { addr, bitmap } in &self.msr_modifiers {
-            let refused = |done| CustomError::Msr { index, msr: addr, done };
-            let entry = kvm_msr_entry {
-                index: addr,
-                ..Default::default()
-            };
-            let mut msrs = Msrs::from_entries(&[entry]).map_err(|_| refused("read"))?;
-            // KVM says how many it took: none, or this one.
-            if !matches!(fd.get_msrs(&mut msrs), Ok(1)) {
-                return Err(refused("read"));
-            }
-            msrs.as_mut_slice()[0].data = bitmap.apply(msrs.as_slice()[0].data);
-            if !matches!(fd.set_msrs(&msrs), Ok(1)) {
-                return Err(refused("set"));
-            }
+            change_msr(fd, addr, |value| bitmap.apply(value)).map_err(|done| CustomError::Msr {
+                index,
+                msr: addr,
+                done,
+            })?;
         }
         Ok(())
     }
+}
+
+/// The register that CPUID answers `leaf` in.
+pub(super) fn register(leaf: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
+    match register {
+        Register::Eax => &mut leaf.eax,
+        Register::Ebx => &mut leaf.ebx,
+        Register::Ecx => &mut leaf.ecx,
+        Register::Edx => &mut leaf.edx,
+    }
+}
+
+/// Makes of model-specific register `msr` what `change` does of its value. The error is what could not be done: "read" or "set".
+pub(super) fn change_msr(fd: &VcpuFd, msr: u32, change: impl FnOnce(u64) -> u64) -> Result<(), &'static str> {
+    let entry = kvm_msr_entry {
+        index: msr,
+        ..Default::default()
+    };
+    let mut msrs = Msrs::from_entries(&[entry]).map_err(|_| "read")?;
+    // KVM says how many it took: none, or this one.
+    if !matches!(fd.get_msrs(&mut msrs), Ok(1)) {
+        return Err("read");
+    }
+    msrs.as_mut_slice()[0].data = change(msrs.as_slice()[0].data);
+    if !matches!(fd.set_msrs(&msrs), Ok(1)) {
+        return Err("set");
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -320,6 +370,14 @@ mod tests {
             }
         );
         assert_eq!(parse("{}"), Ok(CpuConfig::default()));
+    }
+
+    #[test]
+    fn a_configuration_is_written_as_it_is_read() {
+        let text = r#"{"kvm_capabilities":["171","!229"],"cpuid_modifiers":[{"leaf":"0x80000001","subleaf":"0x7","flags":1,"modifiers":[{"register":"edx","bitmap":"0b10x"}]}],"msr_modifiers":[{"addr":"0x10a","bitmap":"0b1xx1"},{"addr":"0x277","bitmap":"0bx"}]}"#;
+        assert_eq!(serde_json::to_string(&parse(text).unwrap()).unwrap(), text);
+        let whole = format!("0b{}", "01".repeat(32));
+        assert_eq!(whole.parse::<Bitmap<64>>().unwrap().to_string(), whole);
     }
 
     #[test]

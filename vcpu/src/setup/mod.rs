@@ -7,12 +7,16 @@ pub mod cpuid;
 pub mod custom;
 pub mod lapic;
 pub mod msrs;
+pub mod processor;
+pub mod template;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 
 pub use cpuid::Topology;
 pub use custom::CpuConfig;
+pub use processor::{Processor, ProcessorError};
+pub use template::Template;
 
 /// Why a vCPU could not be set up.
 #[derive(Debug, thiserror::Error)]
