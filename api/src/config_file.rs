@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vmm::Action;
-use vmm::config::{BootSource, Drive, NetworkInterface};
+use vmm::config::{BootSource, CpuConfig, Drive, NetworkInterface};
 
 use crate::step::Step;
 
@@ -92,14 +92,15 @@ fn parse(text: &[u8]) -> Result<Vec<Step>, ConfigFileError> {
     sections.one("logger", Action::PutLogger)?;
     sections.one("metrics", Action::PutMetrics)?;
     sections.one("machine-config", Action::PutMachineConfig)?;
-    if let Some(path) = sections.take::<PathBuf>("cpu-config")? {
-        let in_file = |source| ConfigFileError::CpuConfig {
-            path: path.clone(),
-            source: Box::new(source),
-        };
-        let text = read_json(&path).map_err(in_file)?;
-        let config = serde_json::from_slice(&text).map_err(|error| in_file(ConfigFileError::Syntax(error)))?;
-        sections.push("cpu-config", Action::PutCpuConfig(config));
+    // Firecracker takes a description of the processor as well as the path of one.
+    match sections.sections.get("cpu-config") {
+        Some(Value::Object(_)) => sections.one("cpu-config", Action::PutCpuConfig)?,
+        Some(_) => {
+            if let Some(path) = sections.take::<PathBuf>("cpu-config")? {
+                sections.push("cpu-config", Action::PutCpuConfig(read_cpu_config(path)?));
+            }
+        }
+        None => {}
     }
     let boot: Option<BootSource> = sections.take("boot-source")?;
     sections.push(
@@ -127,6 +128,14 @@ fn parse(text: &[u8]) -> Result<Vec<Step>, ConfigFileError> {
         Some(name) => Err(ConfigFileError::Unknown(name)),
         None => Ok(sections.steps),
     }
+}
+
+fn read_cpu_config(path: PathBuf) -> Result<CpuConfig, ConfigFileError> {
+    let read = read_json(&path).and_then(|text| serde_json::from_slice(&text).map_err(ConfigFileError::Syntax));
+    read.map_err(|source| ConfigFileError::CpuConfig {
+        path,
+        source: Box::new(source),
+    })
 }
 
 /// What is left of the file, and what came of the rest.
@@ -159,8 +168,9 @@ impl Sections {
 
 #[cfg(test)]
 mod tests {
+    use vmm::Reply;
+    use vmm::config::{CpuTemplate, VmConfig};
     use vmm::fake::FakeVm;
-    use vmm::{Reply, config::VmConfig};
 
     use super::*;
 
@@ -198,11 +208,31 @@ mod tests {
                 "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:ac:10:00:02"}],
                 "mmds-config": {"network_interfaces": ["eth0"], "version": "V2"},
                 "vsock": {"guest_cid": 3, "uds_path": "v.sock"}, "entropy": {},
-                "balloon": {"amount_mib": 16, "deflate_on_oom": true}, "serial": {"serial_out_path": "/dev/null"}}"#,
+                "balloon": {"amount_mib": 16, "deflate_on_oom": true}, "serial": {"serial_out_path": "/dev/null"},
+                "cpu-config": {"kvm_capabilities": ["!14"], "msr_modifiers": [{"addr": "0x10a", "bitmap": "0b1x0"}],
+                               "cpuid_modifiers": [{"leaf": "0x7", "subleaf": "0x0", "flags": 1,
+                                                    "modifiers": [{"register": "ebx", "bitmap": "0b0xx"}]}]}}"#,
         );
+        assert!(config.cpu_config.is_some());
         assert_eq!((config.drives.len(), config.drives[0].drive_id.as_str()), (2, "rootfs"));
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(configured(&text), config);
+    }
+
+    #[test]
+    fn of_a_template_and_a_description_of_the_processor_the_latter_holds() {
+        let text = |cpu_config: &str| {
+            format!(
+                r#"{{"boot-source": {{"kernel_image_path": "k"}}, {cpu_config}
+                     "machine-config": {{"vcpu_count": 1, "mem_size_mib": 16, "cpu_template": "T2CL"}}}}"#
+            )
+        };
+        let template = |config: VmConfig| config.machine_config.unwrap().cpu_template;
+        let config = configured(&text(""));
+        assert_eq!(configured(&serde_json::to_string(&config).unwrap()), config);
+        assert_eq!(template(config), Some(CpuTemplate::T2CL));
+        let config = configured(&text(r#""cpu-config": {"kvm_capabilities": ["1"]},"#));
+        assert_eq!(template(config), None);
     }
 
     #[test]

@@ -30,8 +30,8 @@ use serde_json::json;
 
 use crate::action::{Action, Info, Metadata, Reply, RunState};
 use crate::config::{
-    BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, CpuConfig, Devices, DriveUpdate, Logger,
-    MachineConfig, Metrics, NetworkInterfaceUpdate, Pinning, RateLimiter, Serial, VmConfig,
+    BalloonRefused, BalloonStatsUpdate, BalloonUpdate, BootSource, CpuConfig, CpuTemplate, Devices, DriveUpdate,
+    Logger, MachineConfig, Metrics, NetworkInterfaceUpdate, Pinning, Processor, RateLimiter, Serial, VmConfig,
 };
 use crate::devices::MachineEvent;
 use crate::devices::virtio::balloon::BalloonError;
@@ -54,9 +54,11 @@ enum State<M> {
 pub struct Lifecycle<B: Builder> {
     id: String,
     builder: B,
+    /// Without its template, which is in `cpu`.
     machine_config: MachineConfig,
     boot_source: Option<BootSource>,
-    cpu: CpuConfig,
+    /// Whichever of a template and a `/cpu-config` came last.
+    cpu: Processor,
     devices: Devices,
     serial: Option<Serial>,
     logger: Option<Logger>,
@@ -78,7 +80,7 @@ impl<B: Builder> Lifecycle<B> {
             builder,
             machine_config: MachineConfig::default(),
             boot_source: None,
-            cpu: CpuConfig::default(),
+            cpu: Processor::default(),
             devices: Devices::default(),
             serial: None,
             logger: None,
@@ -113,7 +115,7 @@ impl<B: Builder> Lifecycle<B> {
         match action {
             Action::GetInfo => return Ok(Reply::Info(self.info())),
             Action::GetConfig => return Ok(Reply::Config(Box::new(self.config()))),
-            Action::GetMachineConfig => return Ok(Reply::MachineConfig(self.machine_config.clone())),
+            Action::GetMachineConfig => return Ok(Reply::MachineConfig(self.machine_config())),
             Action::PutMachineConfig(config) => {
                 self.before_start()?;
                 self.set_machine(config)?;
@@ -129,7 +131,11 @@ impl<B: Builder> Lifecycle<B> {
             }
             Action::PutCpuConfig(config) => {
                 self.before_start()?;
-                self.cpu = config;
+                self.cpu = if config == CpuConfig::default() {
+                    Processor::Host
+                } else {
+                    Processor::Custom(config)
+                };
             }
             Action::PutDrive(drive) => {
                 self.before_start()?;
@@ -299,10 +305,23 @@ impl<B: Builder> Lifecycle<B> {
         self.state = next(std::mem::replace(&mut self.state, State::NotStarted));
     }
 
+    fn machine_config(&self) -> MachineConfig {
+        MachineConfig {
+            cpu_template: CpuTemplate::of(&self.cpu),
+            ..self.machine_config.clone()
+        }
+    }
+
     fn set_machine(&mut self, config: MachineConfig) -> Result<(), ActionError> {
         config.check()?;
         self.devices.check_machine(&config)?;
-        self.machine_config = config;
+        if let Some(processor) = config.processor()? {
+            self.cpu = processor;
+        }
+        self.machine_config = MachineConfig {
+            cpu_template: None,
+            ..config
+        };
         Ok(())
     }
 
@@ -381,8 +400,12 @@ impl<B: Builder> Lifecycle<B> {
             balloon,
             drives,
             boot_source: self.boot_source.clone(),
+            cpu_config: match &self.cpu {
+                Processor::Custom(config) => Some(config.clone()),
+                Processor::Host | Processor::Template(_) => None,
+            },
             logger: self.logger.clone(),
-            machine_config: Some(self.machine_config.clone()),
+            machine_config: Some(self.machine_config()),
             metrics: self.metrics.as_ref().map(|(config, _)| config.clone()),
             mmds_config: self.mmds_config.clone(),
             network_interfaces,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::HintingStart;
-use crate::config::{ConfigError, MachineConfigUpdate};
+use crate::config::{ConfigError, MachineConfigUpdate, Template};
 use crate::fake::{FakeBuilder, Log};
 use crate::mmds::data::DEFAULT_LIMIT_BYTES;
 
@@ -358,4 +358,64 @@ fn a_change_of_a_device_is_seen_in_the_configuration_and_one_refused_is_not() {
     let (done, drive) = patch(json!({ "drive_id": "d", "path_on_host": "/nowhere/disk" }));
     assert_eq!((done, &drive["path_on_host"]), (false, &json!("/new")));
     assert!(!patch(json!({ "drive_id": "e" })).0);
+}
+
+#[test]
+fn of_a_template_and_a_cpu_config_the_one_that_came_last_holds() {
+    use serde_json::{Value, json};
+
+    let custom: CpuConfig = from_json(json!({ "kvm_capabilities": ["1"] }));
+    let put = |mut body: Value| {
+        body["vcpu_count"] = json!(1);
+        body["mem_size_mib"] = json!(128);
+        Action::PutMachineConfig(from_json(body))
+    };
+    let t2 = || put(json!({ "cpu_template": "T2" }));
+    let patch = |body| Action::PatchMachineConfig(from_json(body));
+    let put_custom = || Action::PutCpuConfig(custom.clone());
+    let (host, template) = (Processor::Host, Processor::Template(Template::T2));
+    let is_custom = Processor::Custom(custom.clone());
+    // What is asked, and what holds then.
+    let table = [
+        (vec![t2()], &template),
+        (vec![t2(), put(json!({}))], &template),
+        (vec![t2(), put(json!({ "cpu_template": null }))], &template),
+        (vec![t2(), patch(json!({ "mem_size_mib": 64 }))], &template),
+        (
+            vec![t2(), patch(json!({ "cpu_template": "C3" }))],
+            &Processor::Template(Template::C3),
+        ),
+        (vec![t2(), put(json!({ "cpu_template": "None" }))], &host),
+        (vec![t2(), patch(json!({ "cpu_template": "None" }))], &host),
+        (vec![t2(), put_custom()], &is_custom),
+        (vec![t2(), Action::PutCpuConfig(CpuConfig::default())], &host),
+        (vec![put_custom(), put(json!({}))], &is_custom),
+        (vec![put_custom(), patch(json!({ "vcpu_count": 2 }))], &is_custom),
+        (vec![put_custom(), t2()], &template),
+        (vec![put_custom(), put(json!({ "cpu_template": "None" }))], &host),
+    ];
+    for (actions, holds) in table {
+        let said = format!("{actions:?}");
+        let mut case = case();
+        for action in actions {
+            case.life.act(action).expect(&said);
+        }
+        assert_eq!(case.life.cpu, *holds, "{said}");
+        // It is told as it was asked for.
+        let Ok(Reply::Config(config)) = case.life.act(Action::GetConfig) else {
+            panic!("a configuration")
+        };
+        let told = json!({ "template": config.machine_config.unwrap().cpu_template, "custom": config.cpu_config });
+        let expected = match holds {
+            Processor::Host => json!({ "template": null, "custom": null }),
+            Processor::Template(template) => json!({ "template": format!("{template:?}"), "custom": null }),
+            Processor::Custom(custom) => json!({ "template": null, "custom": custom }),
+        };
+        assert_eq!(told, expected, "{said}");
+    }
+    // What is refused changes nothing.
+    let mut case = case();
+    case.life.act(put_custom()).unwrap();
+    case.life.act(put(json!({ "cpu_template": "V1N1" }))).unwrap_err();
+    assert_eq!(case.life.cpu, is_custom);
 }

@@ -12,8 +12,7 @@ use accounting::{Account, Gtime, GtimeSource};
 use kvm_ioctls::{Kvm, VmFd};
 use serde_json::json;
 use vcpu::pin::{self, PinError};
-use vcpu::setup::custom::CustomError;
-use vcpu::setup::{self, CpuConfig, SetupError, Topology};
+use vcpu::setup::{self, Processor, ProcessorError, SetupError, Topology};
 use vcpu::{Vcpu, VcpuConfig, VcpuError};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -87,7 +86,7 @@ pub enum StartError {
     Setup(#[from] SetupError),
     /// The processor cannot be had as it is wanted.
     #[error(transparent)]
-    Cpu(#[from] CustomError),
+    Cpu(#[from] ProcessorError),
     /// A vCPU's thread could not be started.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -108,8 +107,8 @@ pub struct Plan {
     pub machine: MachineConfig,
     /// The kernel.
     pub boot: BootSource,
-    /// What is changed of the processor.
-    pub cpu: CpuConfig,
+    /// What the guest's processor is made from.
+    pub cpu: Processor,
     /// virtio devices.
     pub devices: Devices,
     /// Where COM1's output goes, if not to the console.
@@ -167,6 +166,8 @@ impl Machine {
         let choice = pin::choose(cpus, &plan.pinning, usize::from(vcpus))?;
         let kvm = kvm::open_without(|capability| plan.cpu.does_without(capability))?;
         plan.cpu.check(&kvm)?;
+        let mut supported = setup::cpuid::supported(&kvm).map_err(refused("say which CPUID it supports"))?;
+        let cpu_warnings = plan.cpu.change_cpuid(&mut supported)?;
 
         let memory = Arc::new(GuestMemory::new(plan.machine.mem_size_mib, plan.machine.huge_pages)?);
         let (attached, virtio) = attach::build(&plan.devices, &memory)?;
@@ -197,8 +198,6 @@ impl Machine {
             .map_err(refused("connect the keyboard's interrupt"))?;
         attach::connect(&vm, &bus.virtio)?;
 
-        let mut supported = setup::cpuid::supported(&kvm).map_err(refused("say which CPUID it supports"))?;
-        plan.cpu.change_cpuid(&mut supported)?;
         let topology = Topology {
             vcpus: u32::from(vcpus),
             smt: plan.machine.smt,
@@ -252,7 +251,7 @@ impl Machine {
             _memory: memory,
         };
         let warnings = choice.warnings.iter().map(ToString::to_string).chain(refused);
-        Ok((machine, warnings.collect()))
+        Ok((machine, warnings.chain(cpu_warnings).collect()))
     }
 
     /// The vCPUs' accounts, in order.

@@ -10,9 +10,9 @@ mod vm;
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 pub use vcpu::pin::Pinning;
-pub use vcpu::setup::CpuConfig;
+pub use vcpu::setup::{CpuConfig, Processor, Template};
 
 pub use device::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, CacheType, Drive, DriveUpdate, Entropy, IoEngine, MacAddr,
@@ -25,7 +25,7 @@ pub use vm::VmConfig;
 /// Largest number of vCPUs.
 pub const MAX_VCPUS: u8 = 32;
 
-/// `/machine-config`, as Firecracker has it; its templates we do not have yet.
+/// `/machine-config`, as Firecracker has it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
@@ -42,13 +42,9 @@ pub struct MachineConfig {
     /// Huge pages behind guest memory.
     #[serde(default)]
     pub huge_pages: HugePages,
-    /// CPU features taken from the guest. As in Firecracker, `None` and no template are the same, and not shown.
-    #[serde(
-        default,
-        deserialize_with = "CpuTemplate::or_null",
-        skip_serializing_if = "CpuTemplate::is_none"
-    )]
-    pub cpu_template: CpuTemplate,
+    /// What the guest's processor is made from. As in Firecracker: left out, it stays as it was; and there being none is not shown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
 }
 
 impl Default for MachineConfig {
@@ -60,7 +56,7 @@ impl Default for MachineConfig {
             smt: false,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
-            cpu_template: CpuTemplate::None,
+            cpu_template: None,
         }
     }
 }
@@ -83,9 +79,9 @@ pub enum ConfigError {
     /// Pages of 2 MiB cannot be given back one by one. Firecracker's words.
     #[error("Firecracker's huge pages support is incompatible with memory ballooning.")]
     BalloonAndHugePages,
-    /// A template of Firecracker's.
-    #[error("cpu_template {0:?} is not supported yet: leave it out or set it to \"None\"")]
-    CpuTemplate(CpuTemplate),
+    /// A template for another architecture.
+    #[error("cpu_template V1N1 is for ARM's Neoverse V1, and this is x86-64: name another, or \"None\"")]
+    ArmTemplate,
 }
 
 impl MachineConfig {
@@ -108,10 +104,15 @@ impl MachineConfig {
         if self.mem_size_mib == 0 || !self.mem_size_mib.is_multiple_of(granule) {
             return Err(ConfigError::MemSize(self.mem_size_mib));
         }
-        if !self.cpu_template.is_none() {
-            return Err(ConfigError::CpuTemplate(self.cpu_template));
-        }
-        Ok(())
+        self.processor().map(|_| ())
+    }
+
+    /// What it says of the processor, if anything.
+    ///
+    /// # Errors
+    /// A template for another architecture.
+    pub fn processor(&self) -> Result<Option<Processor>, ConfigError> {
+        self.cpu_template.map(CpuTemplate::processor).transpose()
     }
 
     /// With the fields that `update` has.
@@ -123,7 +124,7 @@ impl MachineConfig {
             smt: update.smt.unwrap_or(self.smt),
             track_dirty_pages: update.track_dirty_pages.unwrap_or(self.track_dirty_pages),
             huge_pages: update.huge_pages.unwrap_or(self.huge_pages),
-            cpu_template: update.cpu_template.unwrap_or(self.cpu_template),
+            cpu_template: update.cpu_template.or(self.cpu_template),
         }
     }
 }
@@ -141,12 +142,9 @@ pub enum HugePages {
     Hugetlbfs2M,
 }
 
-/// Firecracker's static CPU templates, by name.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(
-    missing_docs,
-    reason = "Firecracker documents what each takes away; none is had here but None"
-)]
+/// Firecracker's static CPU templates, by name. Whether this host is one that the template is for is seen at Start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "vcpu::setup::template says what each is for")]
 pub enum CpuTemplate {
     C3,
     T2,
@@ -155,22 +153,33 @@ pub enum CpuTemplate {
     T2A,
     V1N1,
     /// All that KVM supports on this host.
-    #[default]
     None,
 }
 
 impl CpuTemplate {
-    #[expect(
-        clippy::trivially_copy_pass_by_ref,
-        reason = "as serde's skip_serializing_if wants it"
-    )]
-    fn is_none(&self) -> bool {
-        *self == Self::None
+    fn processor(self) -> Result<Processor, ConfigError> {
+        Ok(Processor::Template(match self {
+            Self::C3 => Template::C3,
+            Self::T2 => Template::T2,
+            Self::T2S => Template::T2S,
+            Self::T2CL => Template::T2CL,
+            Self::T2A => Template::T2A,
+            Self::V1N1 => return Err(ConfigError::ArmTemplate),
+            Self::None => return Ok(Processor::Host),
+        }))
     }
 
-    /// Firecracker takes `null` for none.
-    fn or_null<'de, D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        Ok(Option::deserialize(from)?.unwrap_or_default())
+    /// The one that `processor` is made from.
+    #[must_use]
+    pub fn of(processor: &Processor) -> Option<Self> {
+        match processor {
+            Processor::Template(Template::C3) => Some(Self::C3),
+            Processor::Template(Template::T2) => Some(Self::T2),
+            Processor::Template(Template::T2S) => Some(Self::T2S),
+            Processor::Template(Template::T2CL) => Some(Self::T2CL),
+            Processor::Template(Template::T2A) => Some(Self::T2A),
+            Processor::Host | Processor::Custom(_) => None,
+        }
     }
 }
 
@@ -248,8 +257,8 @@ mod tests {
             assert_eq!(config.check(), Err(ConfigError::VcpuCount(vcpu_count)));
         }
         assert_eq!(
-            refusal(|c| c.cpu_template = CpuTemplate::T2CL),
-            "cpu_template T2CL is not supported yet: leave it out or set it to \"None\""
+            refusal(|c| c.cpu_template = Some(CpuTemplate::V1N1)),
+            "cpu_template V1N1 is for ARM's Neoverse V1, and this is x86-64: name another, or \"None\""
         );
     }
 

@@ -4,7 +4,9 @@ use serde::Serialize;
 
 use crate::mmds::config::MmdsConfig;
 
-use super::{Balloon, BootSource, Drive, Entropy, Logger, MachineConfig, Metrics, NetworkInterface, Serial, Vsock};
+use super::{
+    Balloon, BootSource, CpuConfig, Drive, Entropy, Logger, MachineConfig, Metrics, NetworkInterface, Serial, Vsock,
+};
 
 /// `GET /vm/config`: Firecracker's sections, in its order; one that is not configured is null or empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -16,6 +18,8 @@ pub struct VmConfig {
     pub drives: Vec<Drive>,
     /// What it boots.
     pub boot_source: Option<BootSource>,
+    /// What is changed of the processor, in place of a template.
+    pub cpu_config: Option<CpuConfig>,
     /// The log, as far as the API or the configuration file chose it.
     pub logger: Option<Logger>,
     /// The machine.
