@@ -184,7 +184,7 @@ fn launch(plan: Plan) -> Result<u8> {
         log: plan.log,
         mmds_limit_bytes: plan.mmds_limit_bytes,
     };
-    let (vmm, handle) = Unstarted::new().context("the VMM cannot be made")?;
+    let (vmm, handle) = Unstarted::new(options).context("the VMM cannot be made")?;
     let session = Arc::new(Session {
         handle: handle.clone(),
         typing: Mutex::new(Some(typing)),
@@ -208,7 +208,7 @@ fn launch(plan: Plan) -> Result<u8> {
         anyhow::Ok(())
     };
     let open = if at_once { open().map(|()| None)? } else { Some(open) };
-    let vmm = vmm.start(options).context("the VMM's thread cannot be started")?;
+    let vmm = vmm.start().context("the VMM's thread cannot be started")?;
     signals::watch(blocked, {
         let session = session.clone();
         move |signal| session.stop(Asked::Signal(signal))

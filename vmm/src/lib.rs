@@ -102,6 +102,7 @@ pub struct VmmHandle {
     requests: Sender<Request>,
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
+    id: Arc<str>,
 }
 
 impl VmmHandle {
@@ -129,6 +130,12 @@ impl VmmHandle {
             let _ = answer.send(result);
         });
         answered.recv().unwrap_or(Err(ActionError::Ended))
+    }
+
+    /// The microVM's name, as [`Options`] gave it.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     /// The vCPUs' accounts.
@@ -192,6 +199,7 @@ impl std::fmt::Debug for ReplyTo {
 /// A microVM whose thread is not running yet: what its handles send waits.
 #[derive(Debug)]
 pub struct Unstarted {
+    options: Options,
     inbox: event_loop::Inbox,
     shared: Arc<Shared>,
 }
@@ -201,7 +209,7 @@ impl Unstarted {
     ///
     /// # Errors
     /// A descriptor could not be made.
-    pub fn new() -> std::io::Result<(Self, VmmHandle)> {
+    pub fn new(options: Options) -> std::io::Result<(Self, VmmHandle)> {
         let shared = Arc::new(Shared::default());
         let (requests, incoming) = channel();
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
@@ -209,18 +217,20 @@ impl Unstarted {
             requests,
             wake: Arc::clone(&wake),
             shared: Arc::clone(&shared),
+            id: options.id.as_str().into(),
         };
         let inbox = event_loop::Inbox { incoming, wake };
-        Ok((Self { inbox, shared }, handle))
+        let unstarted = Self { options, inbox, shared };
+        Ok((unstarted, handle))
     }
 
     /// Starts the VMM thread (named `vmm`). The calling thread's affinity is taken for the process's.
     ///
     /// # Errors
     /// The thread, or one of its descriptors, could not be made, or the host's CPUs not be read.
-    pub fn start(self, options: Options) -> std::io::Result<Vmm> {
+    pub fn start(self) -> std::io::Result<Vmm> {
         let cpus = Arc::new(HostCpus::read()?);
-        let end = event_loop::spawn(options, cpus, self.inbox, self.shared)?;
+        let end = event_loop::spawn(self.options, cpus, self.inbox, self.shared)?;
         Ok(Vmm { end })
     }
 }
@@ -237,8 +247,8 @@ impl Vmm {
     /// # Errors
     /// As theirs.
     pub fn spawn(options: Options) -> std::io::Result<(Self, VmmHandle)> {
-        let (unstarted, handle) = Unstarted::new()?;
-        Ok((unstarted.start(options)?, handle))
+        let (unstarted, handle) = Unstarted::new(options)?;
+        Ok((unstarted.start()?, handle))
     }
 
     /// Waits for the microVM's end: its vCPUs and devices are gone then, and all that its guest wrote to the console is out.

@@ -15,6 +15,7 @@ mod id;
 mod interfaces;
 mod list;
 mod machine;
+mod metrics;
 mod mmds;
 mod outputs;
 mod unsupported;
