@@ -13,6 +13,7 @@ mod ending;
 mod exit;
 pub mod fleet;
 mod host;
+mod line;
 mod log;
 pub mod prometheus;
 pub mod routes;

@@ -6,6 +6,8 @@
 
 pub mod bed;
 pub mod client;
+pub mod connection;
+pub mod crowd;
 pub mod failure;
 pub mod flat;
 pub mod interrupts;

@@ -9,8 +9,8 @@ use axum::Router;
 use axum::routing::{MethodFilter, on};
 
 use super::{
-    Shared, actions, balloon, devices, drives, host, interfaces, machine, metrics, mmds, outputs, unsupported, vcpus,
-    vm,
+    Shared, actions, balloon, devices, drives, host, interfaces, machine, metrics, mmds, outputs, stream, unsupported,
+    vcpus, vm,
 };
 
 macro_rules! routes {
@@ -116,12 +116,16 @@ routes! {
         /// Where the log goes. Before the start.
         PUT "/logger" => outputs::put_logger, takes vmm::config::Logger;
         /// Where the vCPUs' time went, for Prometheus: text format 0.0.4.
-        GET "/metrics" => metrics::get, says "text/plain; version=0.0.4";
+        GET "/metrics" => metrics::get, says "text/plain; version=0.0.4; charset=utf-8";
         /// Where a line of metrics goes each minute. Before the start, once.
         PUT "/metrics" => outputs::put_metrics, takes vmm::config::Metrics;
 
         /// A reading of each vCPU, in order; none before the start.
         GET "/vcpus" => vcpus::list, answers Vec<accounting::Reading>;
+        /// A reading of each vCPU at an interval, as server-sent events: in each, the JSON of a reading.
+        ///
+        /// A client that is slow gets fewer of them, and none late.
+        GET "/vcpus/stream" => stream::stream, asks stream::Asked, says "text/event-stream";
         /// A reading of one vCPU: where its time went, the running slice included. After the start.
         ///
         /// With `explain=1` also what each source claims by itself, and what each probe said.

@@ -18,6 +18,7 @@ mod machine;
 mod metrics;
 mod mmds;
 mod outputs;
+mod stream;
 mod unsupported;
 mod vcpus;
 mod vm;
@@ -46,13 +47,18 @@ use id::Id;
 /// The version of Firecracker whose API this one follows: what `GET /version` answers, as clients choose features by it.
 pub const FIRECRACKER_API: &str = "1.14.0";
 
-/// How much of a request is taken, and for how long.
+/// The path whose answer has no end.
+pub(crate) const STREAM: &str = "/vcpus/stream";
+
+/// How much of a request is taken, and how long anything about it may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Largest body, in bytes. Firecracker's `HTTP_MAX_PAYLOAD_SIZE` unless told otherwise.
     pub body_bytes: usize,
     /// Longest wait for a whole body.
     pub body_time: Duration,
+    /// How long requests under way may take to finish once the server stops.
+    pub linger: Duration,
 }
 
 impl Default for Limits {
@@ -60,6 +66,7 @@ impl Default for Limits {
         Self {
             body_bytes: 51_200,
             body_time: Duration::from_secs(10),
+            linger: Duration::from_millis(500),
         }
     }
 }
@@ -74,6 +81,7 @@ pub struct Shared {
     host: Arc<OnceCell<Host>>,
     /// Held by whoever looks for disturbances, from the first look to the last.
     looks: Arc<Mutex<()>>,
+    streams: Arc<stream::Streams>,
 }
 
 impl Shared {
@@ -85,6 +93,7 @@ impl Shared {
             moved: Arc::new(|| {}),
             host: Arc::default(),
             looks: Arc::default(),
+            streams: Arc::default(),
         }
     }
 
@@ -95,6 +104,11 @@ impl Shared {
             moved: Arc::new(moved),
             ..self
         }
+    }
+
+    /// Ends what would go on for as long as its client listens.
+    pub(crate) fn end_streams(&self) {
+        self.streams.end();
     }
 }
 

@@ -146,6 +146,13 @@ pub fn accuracy(layout: &Layout) -> Result<(PathBuf, PathBuf)> {
     ))
 }
 
+/// The `chronovisor` program, linked into the bed, and what has a crowd listen to it.
+pub fn streams(layout: &Layout) -> Result<PathBuf> {
+    let messages = cargo_build(layout, "release", &["--package=api", "--package=tests", "--bins"])?;
+    into_bed(layout, program(&messages, "chronovisor")?)?;
+    program(&messages, "streams")
+}
+
 /// `cargo test --doc`, built as the rest is.
 pub fn doc_tests(layout: &Layout) -> Command {
     let mut command = base(layout);

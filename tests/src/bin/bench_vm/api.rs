@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tests::bed::Folder;
+use tests::connection::Connection;
 use tests::flat::{Program, elf};
 use tests::row;
 use tests::vm::Vm;
-
-use crate::connection::Connection;
 
 /// How long questions are asked, and at least how many.
 const ASKING: Duration = Duration::from_secs(4);

@@ -23,11 +23,10 @@ use accounting::host::HostCpus;
 use anyhow::{Context, Result, ensure};
 use tests::bed::Folder;
 use tests::client;
+use tests::connection::Connection;
 use tests::row;
 use tests::trace::{Trace, What};
 use tests::vm::{PATIENCE, Process, debian_arguments};
-
-use crate::connection::Connection;
 
 const STARTS: usize = 15;
 const BOOTS: usize = 9;

@@ -7,10 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use tests::bed::Folder;
+use tests::connection::Connection;
 use tests::row;
 use tests::vm::PATIENCE;
-
-use crate::connection::Connection;
 
 const STARTS: usize = 101;
 /// Between two tries to connect: short beside the milliseconds that are measured, and long enough to leave the CPU to

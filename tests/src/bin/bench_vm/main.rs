@@ -6,7 +6,6 @@
 
 mod api;
 mod boot;
-mod connection;
 mod first_answer;
 mod quiet;
 

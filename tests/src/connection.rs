@@ -1,13 +1,14 @@
-//! A client that keeps its connection, which a measured one has to.
+//! A client that keeps its connection, which one that measures has to.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use crate::vm::PATIENCE;
 use anyhow::{Context, Result, ensure};
-use tests::vm::PATIENCE;
 
 /// One kept connection to the API.
+#[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
     /// Kept, so that asking allocates nothing.
@@ -15,6 +16,10 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// Connects to the API's socket.
+    ///
+    /// # Errors
+    /// What the socket says.
     pub fn open(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -25,6 +30,9 @@ impl Connection {
     }
 
     /// Asks, and reads the answer to its end.
+    ///
+    /// # Errors
+    /// What the socket says, or that the answer is none of 200.
     pub fn get(&mut self, path: &str) -> Result<()> {
         let question = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         self.stream.write_all(question.as_bytes())?;
