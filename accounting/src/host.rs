@@ -16,12 +16,13 @@ pub type CpuSet = BTreeSet<u32>;
 
 /// The host's CPUs, read once.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct HostCpus {
     /// CPUs that exist.
     pub present: CpuSet,
     /// CPUs that can run something now.
     pub online: CpuSet,
-    /// CPUs named by `nohz_full=`; `None` where the kernel was built without `CONFIG_NO_HZ_FULL`.
+    /// CPUs named by `nohz_full=`; `null` where the kernel was built without `CONFIG_NO_HZ_FULL`.
     pub nohz_full: Option<CpuSet>,
     /// CPUs that load balancing leaves alone: `isolcpus=` and isolated cpuset partitions.
     pub isolated: CpuSet,

@@ -11,6 +11,7 @@ use crate::vtime::{BUCKETS, upper_edge_ns};
 
 /// One vCPU's time, of one instant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Reading {
     /// The vCPU's index, from 0.
     pub index: u32,
@@ -44,6 +45,7 @@ pub struct Reading {
 
 /// What a vCPU is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum VcpuState {
     /// In `KVM_RUN`, on a CPU.
@@ -64,6 +66,7 @@ pub enum VcpuState {
 
 /// Time by mode, in nanoseconds; see the crate's header for what each mode means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Modes {
     /// On a CPU, in guest mode.
     pub guest_ns: u64,
@@ -83,6 +86,7 @@ pub struct Modes {
 
 /// A mode's name, as in [`Modes`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "documented at Modes, name for name")]
 pub enum Mode {
@@ -147,6 +151,7 @@ impl Modes {
 
 /// The running slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Pending {
     /// The mode the slice counts as, so far.
     pub mode: Mode,
@@ -156,6 +161,7 @@ pub struct Pending {
 
 /// A closed interval, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Bounds {
     /// Not less than this.
     pub lower: u64,
@@ -163,8 +169,10 @@ pub struct Bounds {
     pub upper: u64,
 }
 
-/// What the guest time was derived from; the most exact first. See [`crate::split::claims`].
+// See crate::split::claims.
+/// What the guest time was derived from; the most exact first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
     /// Stamps at KVM's own tracepoints, taken by a BPF program.
@@ -192,15 +200,18 @@ impl Source {
 
 /// Completed exits from `KVM_RUN`: those whose handling has ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Exits {
     /// Sum of the counts in `by_reason`.
     pub total: u64,
-    /// By [`crate::vtime::ExitReason::name`]; reasons that never occurred are left out.
+    // The names are ExitReason's, in crate::vtime.
+    /// By reason, such as `io`, `mmio` and `hlt`; reasons that never occurred are left out.
     pub by_reason: BTreeMap<String, ExitTotals>,
 }
 
 /// Exits of one reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ExitTotals {
     /// How many.
     pub count: u64,
@@ -211,6 +222,7 @@ pub struct ExitTotals {
 /// How long stays in `KVM_RUN` and the handling of exits took, of one vCPU and one instant: the slices that have ended
 /// by then. Not part of a reading, which is to stay small.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Histograms {
     /// The vCPU's index, from 0.
     pub index: u32,
@@ -223,6 +235,7 @@ pub struct Histograms {
 
 /// How often something took how long.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Histogram {
     /// How many: the sum of the buckets' counts.
     pub count: u64,
@@ -234,9 +247,11 @@ pub struct Histogram {
 
 /// One bucket of a [`Histogram`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Bucket {
+    // See crate::vtime::BUCKETS.
     /// Its upper edge, in nanoseconds; `null` in the last, which has none. It begins where the one before ends. An
-    /// edge is where it says to a thousandth: see [`crate::vtime::BUCKETS`].
+    /// edge is where it says to a thousandth.
     pub le_ns: Option<u64>,
     /// How many are in this bucket, those in the buckets before it not included.
     pub count: u64,
@@ -260,6 +275,7 @@ impl Histogram {
 
 /// Where the vCPU thread runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct HostCpu {
     /// The host CPU: the one it is pinned to, else the one it was last seen on.
     pub cpu: u32,

@@ -8,6 +8,7 @@ use vmm::host::KvmStatus;
 
 /// The host, as read once.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Host {
     /// Its CPUs.
     pub cpus: HostCpus,
@@ -15,18 +16,19 @@ pub struct Host {
     pub tick_ns: u64,
     /// Its KVM.
     pub kvm: Kvm,
-    /// The mode of transparent huge pages: always, madvise or never; `None` where the kernel has none.
+    /// The mode of transparent huge pages: always, madvise or never; `null` where the kernel has none.
     pub transparent_hugepage: Option<String>,
 }
 
 /// What its KVM is good for.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Kvm {
     /// Why it cannot be used at all.
     pub error: Option<String>,
     /// The modules behind it.
     pub modules: Vec<String>,
-    /// Whether the kernel of a distribution runs on it; `None` where that is not known without disturbing vCPUs.
+    /// Whether the kernel of a distribution runs on it; `null` where that is not known without disturbing vCPUs.
     pub runs_stock_kernels: Option<bool>,
 }
 

@@ -229,6 +229,7 @@ impl ActionError {
 
 /// `GET /`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Info {
     /// `--id`.
     pub id: String,
@@ -242,6 +243,7 @@ pub struct Info {
 
 /// A microVM's state, as the API names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum RunState {
     #[serde(rename = "Not started")]

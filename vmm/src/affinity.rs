@@ -18,6 +18,7 @@ use vcpu::pin::{self, PinError, Warning};
 
 /// The body of the request, and of its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Affinity {
     /// Where it is to be.
@@ -33,6 +34,22 @@ pub enum Place {
     Auto,
     /// Wherever the scheduler puts it, but for the CPUs that other vCPUs are pinned to.
     None,
+}
+
+#[cfg(feature = "schema")]
+impl schemars::JsonSchema for Place {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Place".into()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        let number = generator.subschema_for::<u32>();
+        schemars::json_schema!({ "anyOf": [number, { "type": "string", "enum": ["auto", "none"] }] })
+    }
 }
 
 impl Serialize for Place {

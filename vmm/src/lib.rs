@@ -40,6 +40,8 @@ pub mod memory;
 pub mod metrics;
 pub mod mmds;
 pub mod requests;
+#[cfg(feature = "schema")]
+mod schema;
 #[cfg(test)]
 mod testing;
 

@@ -8,6 +8,7 @@ use crate::reading::{Bounds, Reading, Source};
 
 /// A reading, and what it was made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Explained {
     /// The reading.
     #[serde(flatten)]
@@ -18,6 +19,7 @@ pub struct Explained {
 
 /// What a reading was made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Explanation {
     /// Every source there is, the most exact first. Raw: a claim may step back from one instant to the next; a reading
     /// does not.
@@ -30,6 +32,7 @@ pub struct Explanation {
 
 /// What one source says of the guest time since the first stamp.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct SourceClaim {
     /// Which one.
     pub source: Source,
@@ -44,6 +47,7 @@ pub struct SourceClaim {
 
 /// The probes' raw values: since the thread's beginning, as the kernel has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct ProbeValues {
     /// Time on a CPU: the SCHED clock, in nanoseconds.
     pub sched_ns: u64,

@@ -8,21 +8,29 @@ use vmm::Action;
 
 use super::{Fault, Shared, act, parse};
 
+/// What is to be done.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-struct Body {
+pub(super) struct ActionBody {
+    /// Which.
     action_type: ActionType,
 }
 
+/// What can be done.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 enum ActionType {
+    /// Writes a line of metrics. After the start.
     FlushMetrics,
+    /// Starts the guest. Once.
     InstanceStart,
+    /// Presses Ctrl-Alt-Del. After the start.
     SendCtrlAltDel,
 }
 
 pub(super) async fn put(State(shared): State<Shared>, body: Bytes) -> Result<Response, Fault> {
-    let Body { action_type } = parse(&body)?;
+    let ActionBody { action_type } = parse(&body)?;
     match action_type {
         ActionType::InstanceStart => {
             let response = act(&shared, Action::Start).await?;

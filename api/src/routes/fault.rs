@@ -95,12 +95,17 @@ impl From<ActionError> for Fault {
     }
 }
 
+/// What is answered.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(test, schemars(rename = "Fault"))]
+pub(super) struct Shape<'a> {
+    /// What is wrong, on which input; and where there is something to do about it, what.
+    fault_message: &'a str,
+}
+
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
-        #[derive(Serialize)]
-        struct Shape<'a> {
-            fault_message: &'a str,
-        }
         let mut response = axum::Json(Shape {
             fault_message: &self.message,
         })

@@ -12,7 +12,9 @@ use crate::host::Host;
 
 /// What is answered.
 #[derive(Serialize)]
-struct Answer<'a> {
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(test, schemars(rename = "HostAnswer"))]
+pub(super) struct Answer<'a> {
     /// Read once, when first asked for.
     #[serde(flatten)]
     host: &'a Host,
@@ -20,12 +22,17 @@ struct Answer<'a> {
     disturbances: Vec<Shown>,
 }
 
+/// Something that disturbs.
 #[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[cfg_attr(test, schemars(rename = "Disturbance"))]
 struct Shown {
+    /// Of which kind.
     kind: &'static str,
     /// Whose, where it is not the whole process's.
     #[serde(skip_serializing_if = "Option::is_none")]
     vcpu: Option<u32>,
+    /// What, where and by how much; and what to do.
     says: String,
 }
 

@@ -9,8 +9,8 @@ use axum::Router;
 use axum::routing::{MethodFilter, on};
 
 use super::{
-    Shared, actions, balloon, devices, drives, host, interfaces, machine, metrics, mmds, outputs, stream, unsupported,
-    vcpus, vm,
+    Shared, actions, balloon, devices, drives, host, interfaces, machine, metrics, mmds, openapi, outputs, stream,
+    unsupported, vcpus, vm,
 };
 
 macro_rules! routes {
@@ -36,10 +36,53 @@ macro_rules! routes {
         #[cfg(test)]
         pub(super) const OFFERED: &[(&str, &str)] = &[$((stringify!($method), $path)),+];
 
+        /// What is read and written by each of [`OFFERED`], in that order.
+        #[cfg(test)]
+        pub(super) fn described() -> Vec<Described> {
+            vec![$(Described {
+                method: stringify!($method),
+                path: $path,
+                words: &[$($doc),+],
+                body: None$(.or(Some((of::<$body> as Shape, true))))?$(.or(Some((of::<$option> as Shape, false))))?,
+                query: None$(.or(Some(of::<$query> as Shape)))?,
+                answer: None$(.or(Some(of::<$answer> as Shape)))?,
+                media: None$(.or(Some($media)))?,
+                refusals: &[400 $(, $status)?],
+            }),+]
+        }
+
         /// The method and path of each route that only says what is wrong with the request.
         #[cfg(test)]
         pub(super) const REFUSED: &[(&str, &str)] = &[$((stringify!($refused_method), $refused_path)),+];
     };
+}
+
+/// Says what a type looks like as JSON.
+#[cfg(test)]
+pub(super) type Shape = fn(&mut schemars::SchemaGenerator) -> schemars::Schema;
+
+#[cfg(test)]
+fn of<T: schemars::JsonSchema>(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    generator.subschema_for::<T>()
+}
+
+/// A route that is offered, as its row says.
+#[cfg(test)]
+pub(super) struct Described {
+    pub method: &'static str,
+    pub path: &'static str,
+    /// The words above it, a line each.
+    pub words: &'static [&'static str],
+    /// What it reads, and whether it must be there.
+    pub body: Option<(Shape, bool)>,
+    /// What it reads behind the question mark.
+    pub query: Option<Shape>,
+    /// What it writes as JSON.
+    pub answer: Option<Shape>,
+    /// What it writes that is not JSON.
+    pub media: Option<&'static str>,
+    /// Statuses of its refusals.
+    pub refusals: &'static [u16],
 }
 
 routes! {
@@ -55,7 +98,7 @@ routes! {
         /// Pauses the guest, or lets it go on. After the start.
         PATCH "/vm" => vm::patch_state, takes vm::Vm;
         /// Starts the guest; after that presses Ctrl-Alt-Del, by which Linux shuts down, or writes a line of metrics.
-        PUT "/actions" => actions::put, takes actions::Body;
+        PUT "/actions" => actions::put, takes actions::ActionBody;
 
         /// The machine.
         GET "/machine-config" => machine::get, answers vmm::config::MachineConfig;
@@ -137,7 +180,10 @@ routes! {
         /// Puts the vCPU on another host CPU, while it runs. After the start.
         PUT "/vcpus/{index}/affinity" => vcpus::put_affinity, takes vmm::affinity::Affinity;
         /// What this host offers, and what disturbs the vCPUs on it now.
-        GET "/host" => host::get, answers host::Answer;
+        GET "/host" => host::get, answers host::Answer<'_>;
+
+        /// This document.
+        GET "/openapi.json" => openapi::get, answers serde_json::Value;
     }
     refused {
         PUT "/drives" => drives::put;

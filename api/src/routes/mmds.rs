@@ -20,6 +20,18 @@ pub(super) async fn patch(State(shared): State<Shared>, body: Bytes) -> Result<R
     act(&shared, Action::PatchMmds(parse(&body)?)).await
 }
 
+/// What is answered: the configuration, or an object without entries.
+#[cfg(test)]
+#[derive(schemars::JsonSchema)]
+#[schemars(untagged, rename = "MmdsConfigOrNone")]
+#[expect(dead_code, reason = "a shape, which is answered as one of the two")]
+pub(super) enum Answer {
+    /// There is none.
+    #[schemars(extend("additionalProperties" = false))]
+    None {},
+    Some(MmdsConfig),
+}
+
 pub(super) async fn get_config(State(shared): State<Shared>) -> Result<Response, Fault> {
     act(&shared, Action::GetMmdsConfig).await
 }

@@ -17,6 +17,7 @@ mod list;
 mod machine;
 mod metrics;
 mod mmds;
+mod openapi;
 mod outputs;
 mod stream;
 mod unsupported;

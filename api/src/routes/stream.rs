@@ -42,10 +42,12 @@ const COMMENT: Bytes = Bytes::from_static(b": no vCPU runs yet\n\n");
 
 /// What may follow the path after a question mark.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Asked {
     /// Time between two events of a vCPU.
     #[serde(default = "one_second")]
+    #[cfg_attr(test, schemars(range(min = *INTERVALS_MS.start(), max = *INTERVALS_MS.end())))]
     interval_ms: u64,
 }
 

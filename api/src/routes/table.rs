@@ -65,17 +65,17 @@ fn way_to(letter: char) -> (Vec<Put>, RunState) {
 
 /// One line of the table.
 #[derive(Debug)]
-struct Row<'a> {
-    kind: &'a str,
-    states: &'a str,
-    method: &'a str,
-    path: &'a str,
-    body: String,
-    status: u16,
-    answer: String,
+pub(super) struct Row<'a> {
+    pub kind: &'a str,
+    pub states: &'a str,
+    pub method: &'a str,
+    pub path: &'a str,
+    pub body: String,
+    pub status: u16,
+    pub answer: String,
 }
 
-fn row(line: &str) -> Row<'_> {
+pub(super) fn row(line: &str) -> Row<'_> {
     let malformed = || panic!("not a row: {line}");
     let (request, answer) = line.split_once(" => ").unwrap_or_else(malformed);
     let mut words = request.split_whitespace();
@@ -121,7 +121,7 @@ fn repeated(body: &str) -> String {
 }
 
 /// The lines that are neither empty nor a remark.
-fn lines() -> impl Iterator<Item = &'static str> {
+pub(super) fn lines() -> impl Iterator<Item = &'static str> {
     TABLE.lines().filter(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
@@ -190,7 +190,7 @@ async fn every_request_is_answered_as_the_table_says() {
 }
 
 /// Whether `path` is one of those that `pattern` stands for.
-fn fits(pattern: &str, path: &str) -> bool {
+pub(super) fn fits(pattern: &str, path: &str) -> bool {
     let (pattern, path): (Vec<_>, Vec<_>) = (pattern.split('/').collect(), path.split('/').collect());
     let mut parts = pattern.iter().zip(&path);
     pattern.len() == path.len() && parts.all(|(of, is)| of == is || (of.starts_with('{') && !is.is_empty()))

@@ -20,6 +20,7 @@ pub(super) async fn list(State(shared): State<Shared>) -> Response {
 
 /// What may follow the path after a question mark.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Asked {
     /// Whether to tell what the reading was made of.
@@ -28,12 +29,23 @@ pub(super) struct Asked {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 enum Explain {
     #[default]
     #[serde(rename = "0", alias = "false")]
     No,
     #[serde(rename = "1", alias = "true")]
     Yes,
+}
+
+/// What is answered: a reading, or one that is explained.
+#[cfg(test)]
+#[derive(schemars::JsonSchema)]
+#[schemars(untagged)]
+#[expect(dead_code, reason = "a shape, which is answered as one of the two")]
+pub(super) enum Cputime {
+    Reading(accounting::Reading),
+    Explained(Box<accounting::Explained>),
 }
 
 pub(super) async fn cputime(

@@ -163,6 +163,16 @@ pub fn doc_tests(layout: &Layout) -> Command {
     command
 }
 
+/// `cargo test` of one unit test of `package`, built as the rest is.
+pub fn unit_test(layout: &Layout, package: &str, test: &str) -> Command {
+    let mut command = base(layout);
+    command
+        .args(["test", "--package", package, "--lib"])
+        .args(["--target", TARGET, "--profile", PROFILE])
+        .args(["--", "--exact", test]);
+    command
+}
+
 /// Links the program into the folder where tests look for it.
 fn into_bed(layout: &Layout, program: PathBuf) -> Result<PathBuf> {
     let link = layout.bed().join("chronovisor");

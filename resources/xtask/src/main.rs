@@ -17,6 +17,7 @@ mod layout;
 mod libtest;
 mod machine;
 mod modules;
+mod openapi;
 mod process;
 mod progress;
 mod rootfs;
@@ -85,6 +86,10 @@ enum Task {
     /// Five minutes, on this machine's /dev/kvm. What matters is how long others wait for a reading meanwhile, and that it
     /// costs no memory but what each connection takes: figures for a quiet machine.
     Streams,
+    /// Write resources/openapi.json from the code
+    ///
+    /// What it says are the routes of api/src/routes/list.rs and the types that they read and write; a test compares it.
+    Openapi,
     /// Open a shell in the emulated host, where CPUs 1 and 2 are tickless, or run a script there
     ///
     /// The chronovisor program and the Debian guest are in /bed, the test programs in /tests. Leave the shell with exit,
@@ -133,6 +138,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Bench => bench::bench(&layout).map(|()| DONE),
         Task::Accuracy => accuracy::accuracy(&layout).map(|()| DONE),
         Task::Streams => streams::streams(&layout).map(|()| DONE),
+        Task::Openapi => openapi::write(&layout).map(|()| DONE),
         Task::Host(host) => host.run(&layout),
         Task::Lint => lint(&layout).map(|()| DONE),
     }

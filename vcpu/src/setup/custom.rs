@@ -19,12 +19,21 @@ use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+/// What [`number`] reads.
+#[cfg(feature = "schema")]
+const NUMBER: &str = "^(0x[0-9a-fA-F]{1,8}|0b[01]{1,32})$";
+
 /// What to change. The default changes nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CpuConfig {
     /// Capabilities of KVM's that have to be there; or, with `!`, need not be, though we would ask for them.
     #[serde(default)]
+    #[cfg_attr(
+        feature = "schema",
+        schemars(with = "Vec<String>", inner(regex(pattern = r"^!?[0-9]{1,9}$")))
+    )]
     pub kvm_capabilities: Vec<Capability>,
     /// Changes of CPUID.
     #[serde(default)]
@@ -70,13 +79,16 @@ impl From<Capability> for String {
 
 /// Changes of one leaf of CPUID.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct LeafModifier {
     /// EAX, as a guest asks.
     #[serde(deserialize_with = "number", serialize_with = "hexadecimal")]
+    #[cfg_attr(feature = "schema", schemars(with = "String", regex(pattern = NUMBER)))]
     pub leaf: u32,
     /// ECX, as a guest asks.
     #[serde(deserialize_with = "number", serialize_with = "hexadecimal")]
+    #[cfg_attr(feature = "schema", schemars(with = "String", regex(pattern = NUMBER)))]
     pub subleaf: u32,
     /// KVM's flags of the leaf: 1 where the subleaf matters.
     pub flags: u32,
@@ -86,16 +98,22 @@ pub struct LeafModifier {
 
 /// A change of one register of a leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RegisterModifier {
     /// Which.
     pub register: Register,
     /// How.
+    #[cfg_attr(
+        feature = "schema",
+        schemars(with = "String", regex(pattern = r"^0b_*([01x]_*){1,32}$"))
+    )]
     pub bitmap: Bitmap<32>,
 }
 
 /// A register that CPUID answers in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 #[expect(missing_docs, reason = "the processor's names")]
 pub enum Register {
@@ -107,12 +125,18 @@ pub enum Register {
 
 /// A change of a model-specific register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MsrModifier {
     /// Its number.
     #[serde(deserialize_with = "number", serialize_with = "hexadecimal")]
+    #[cfg_attr(feature = "schema", schemars(with = "String", regex(pattern = NUMBER)))]
     pub addr: u32,
     /// How.
+    #[cfg_attr(
+        feature = "schema",
+        schemars(with = "String", regex(pattern = r"^0b_*([01x]_*){1,64}$"))
+    )]
     pub bitmap: Bitmap<64>,
 }
 

@@ -12,6 +12,7 @@ fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D)
 
 /// One token bucket: at most `size` tokens at once, full again after `refill_time` from empty.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
     /// Tokens it holds: bytes, or operations. 0 sets no limit.
@@ -25,6 +26,7 @@ pub struct TokenBucket {
 
 /// A limit on bytes and on operations, each where given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     /// Bytes.
@@ -37,9 +39,11 @@ pub struct RateLimiter {
 
 /// `/drives/{id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
     /// Its name: letters, digits and `_`.
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = r"^[A-Za-z0-9_]+$")))]
     pub drive_id: String,
     /// The partition to mount as root, of a root device; all of it where absent.
     #[serde(default)]
@@ -51,6 +55,7 @@ pub struct Drive {
     pub cache_type: CacheType,
     /// Whether writes are refused.
     #[serde(default, deserialize_with = "or_default")]
+    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::NullOr<bool>"))]
     pub is_read_only: bool,
     /// A raw image, or a block device.
     #[serde(default)]
@@ -60,6 +65,7 @@ pub struct Drive {
     pub rate_limiter: Option<RateLimiter>,
     /// How requests reach the file.
     #[serde(default, deserialize_with = "or_default")]
+    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::NullOr<IoEngine>"))]
     pub io_engine: IoEngine,
     /// Of a vhost-user back end, which we do not have.
     #[serde(default)]
@@ -68,6 +74,7 @@ pub struct Drive {
 
 /// What becomes of a guest's flush.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum CacheType {
     /// None is offered; a power failure of the host may lose what the guest thought safe.
     #[default]
@@ -78,6 +85,7 @@ pub enum CacheType {
 
 /// How a block device's requests reach its file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum IoEngine {
     /// `preadv` and `pwritev`, one after the other.
     #[default]
@@ -88,9 +96,11 @@ pub enum IoEngine {
 
 /// `PATCH /drives/{id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct DriveUpdate {
     /// Which.
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = r"^[A-Za-z0-9_]+$")))]
     pub drive_id: String,
     /// Another image, or the same one with another size.
     #[serde(default)]
@@ -102,9 +112,11 @@ pub struct DriveUpdate {
 
 /// `/network-interfaces/{id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetworkInterface {
     /// Its name: letters, digits and `_`.
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = r"^[A-Za-z0-9_]+$")))]
     pub iface_id: String,
     /// The tap device on the host.
     pub host_dev_name: String,
@@ -113,6 +125,7 @@ pub struct NetworkInterface {
     pub guest_mac: Option<MacAddr>,
     /// What the guest is told as its MTU.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(range(min = 68)))]
     pub mtu: Option<u16>,
     /// Limits what the guest receives.
     #[serde(default)]
@@ -124,9 +137,11 @@ pub struct NetworkInterface {
 
 /// `PATCH /network-interfaces/{id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetworkInterfaceUpdate {
     /// Which.
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = r"^[A-Za-z0-9_]+$")))]
     pub iface_id: String,
     /// Another limit.
     #[serde(default)]
@@ -138,7 +153,9 @@ pub struct NetworkInterfaceUpdate {
 
 /// An Ethernet address, as `06:00:ac:10:00:02`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(try_from = "String", into = "String")]
+#[cfg_attr(feature = "schema", schemars(extend("pattern" = "^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$")))]
 pub struct MacAddr(pub [u8; 6]);
 
 impl std::fmt::Display for MacAddr {
@@ -188,12 +205,14 @@ impl From<MacAddr> for String {
 
 /// `/vsock`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
     /// Of Firecracker before 1.0; without effect, and not shown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_id: Option<String>,
     /// The guest's context id, from 3 up.
+    #[cfg_attr(feature = "schema", schemars(range(min = 3)))]
     pub guest_cid: u32,
     /// The unix socket that stands for the guest on the host.
     pub uds_path: PathBuf,
@@ -201,6 +220,7 @@ pub struct Vsock {
 
 /// `/entropy`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
     /// Limits what the guest is given.
@@ -210,6 +230,7 @@ pub struct Entropy {
 
 /// `/balloon`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Balloon {
     /// How much memory the guest is to give back, in MiB.
@@ -229,6 +250,7 @@ pub struct Balloon {
 
 /// `PATCH /balloon`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BalloonUpdate {
     /// How much memory the guest is to give back, in MiB.
@@ -237,6 +259,7 @@ pub struct BalloonUpdate {
 
 /// `PATCH /balloon/statistics`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BalloonStatsUpdate {
     /// Seconds between two statistics. From 0 to more, or from more to 0, it cannot be changed after the start.

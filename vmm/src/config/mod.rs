@@ -27,11 +27,14 @@ pub const MAX_VCPUS: u8 = 32;
 
 /// `/machine-config`, as Firecracker has it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
-    /// 1 to [`MAX_VCPUS`].
+    /// How many vCPUs: with `smt` 1, or an even number.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_VCPUS)))]
     pub vcpu_count: u8,
     /// Guest memory, in MiB.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1)))]
     pub mem_size_mib: usize,
     /// Whether vCPUs 2n and 2n+1 are presented as hardware threads of one core.
     #[serde(default)]
@@ -131,6 +134,7 @@ impl MachineConfig {
 
 /// Huge pages behind guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum HugePages {
     /// Nothing asked for, which is no reason to start slowly: transparent huge pages where the host gives them on request.
     #[default]
@@ -144,6 +148,7 @@ pub enum HugePages {
 
 /// Firecracker's static CPU templates, by name. Whether this host is one that the template is for is seen at Start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "vcpu::setup::template says what each is for")]
 pub enum CpuTemplate {
     C3,
@@ -185,10 +190,14 @@ impl CpuTemplate {
 
 /// `PATCH /machine-config`: the same fields, each optional.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(feature = "schema", schemars(extend("minProperties" = 1)))]
 #[expect(missing_docs, reason = "documented at MachineConfig, name for name")]
 pub struct MachineConfigUpdate {
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_VCPUS)))]
     pub vcpu_count: Option<u8>,
+    #[cfg_attr(feature = "schema", schemars(range(min = 1)))]
     pub mem_size_mib: Option<usize>,
     pub smt: Option<bool>,
     pub track_dirty_pages: Option<bool>,
@@ -198,6 +207,7 @@ pub struct MachineConfigUpdate {
 
 /// `/boot-source`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// An ELF vmlinux (64-bit protocol or PVH) or a bzImage.

@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::TokenBucket;
 
-/// `/logger`. What is left out stays as it was, but for the level, which is then [`Level::Info`].
+/// `/logger`. What is left out stays as it was, but for the level, which is then `Info`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Logger {
     /// A file or fifo for the log.
@@ -29,6 +30,7 @@ pub struct Logger {
 
 /// How important a line of the log is. Firecracker takes capitals, small letters and both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum Level {
     #[serde(alias = "OFF", alias = "off")]
@@ -48,6 +50,7 @@ pub enum Level {
 
 /// `/metrics`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Metrics {
     /// A file or fifo that gets a line of JSON every 60 s, and at each `FlushMetrics`.
@@ -56,6 +59,7 @@ pub struct Metrics {
 
 /// `/serial`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Serial {
     /// A file or fifo for the output of `ttyS0`, instead of standard output.

@@ -10,6 +10,7 @@ use super::{
 
 /// `GET /vm/config`: Firecracker's sections, in its order; one that is not configured is null or empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub struct VmConfig {
     /// The balloon.

@@ -10,6 +10,8 @@ pub const DEFAULT_IPV4: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
 /// How a guest must ask.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(rename = "MmdsVersion"))]
 pub enum Version {
     /// A GET is answered.
     #[default]
@@ -20,6 +22,7 @@ pub enum Version {
 
 /// `/mmds/config`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MmdsConfig {
     /// How a guest must ask.
@@ -29,6 +32,7 @@ pub struct MmdsConfig {
     pub network_interfaces: Vec<String>,
     /// The service's address.
     #[serde(default = "default_ipv4", deserialize_with = "ipv4_or_null")]
+    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::NullOr<Ipv4Addr>"))]
     pub ipv4_address: Ipv4Addr,
     /// Whether every answer is IMDS text, whatever `Accept` says.
     #[serde(default)]

@@ -15,6 +15,7 @@ const DONE: u32 = 1;
 
 /// `PATCH /balloon/hinting/start`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct HintingStart {
     /// Whether the guest gets its pages back as soon as it has told all, rather than when it is stopped by request.
@@ -36,6 +37,7 @@ impl Default for HintingStart {
 
 /// `GET /balloon/hinting/status`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct HintingStatus {
     /// What the host last asked for: a run's number, 0 before the first run, 1 when a run is over.
     pub host_cmd: u32,

@@ -11,6 +11,7 @@ const STATS_MAX: usize = 256;
 
 /// `GET /balloon/statistics`. What the guest did not tell is left out. Memory is in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct BalloonStats {
     /// Pages of 4 KiB that the balloon is to have.
     pub target_pages: u32,
@@ -29,6 +30,7 @@ macro_rules! guest_stats {
     ($($tag:literal $name:ident $doc:literal)*) => {
         /// What the guest tells, by the specification's tags.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+        #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
         pub struct GuestStats {
             $(
                 #[doc = $doc]
