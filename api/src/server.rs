@@ -84,7 +84,7 @@ impl Server {
                 }
             });
             let shared = shared.when_moved(keep_off);
-            runtime.block_on(accept(unix, tcp, routes::router(shared, limits), stopped));
+            runtime.block_on(accept(unix, tcp, shared, limits, stopped));
             runtime.shutdown_background();
         })?;
         Ok(Self {
@@ -116,9 +116,11 @@ fn keep_off_vcpus(host: &HostCpus, backend: &dyn Backend) {
 async fn accept(
     unix: Option<tokio::net::UnixListener>,
     tcp: Option<tokio::net::TcpListener>,
-    router: Router,
+    shared: Shared,
+    limits: Limits,
     mut stop: oneshot::Receiver<()>,
 ) {
+    let router = routes::router(shared.clone(), limits);
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(CONNECTIONS));
     let serve = |watcher: Watcher, permit| Connection {
@@ -145,6 +147,7 @@ async fn accept(
         }
     }
     drop((unix, tcp));
+    shared.end_streams();
     if tokio::time::timeout(LINGER, graceful.shutdown()).await.is_err() {
         tracing::debug!("connections with a request under way were closed");
     }
@@ -195,7 +198,7 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::io::{BufRead, BufReader, Read, Write};
     use std::os::unix::net::UnixStream;
 
     use vmm::RunState;
@@ -389,6 +392,23 @@ mod tests {
         // Until neither side takes any more.
         while (&stream).write_all(&b"GET /vcpus HTTP/1.1\r\n\r\n".repeat(64)).is_ok() {}
         assert!(served.answers());
+    }
+
+    #[test]
+    fn a_stream_goes_on_until_the_server_stops() {
+        let served = Served::new();
+        let mut stream = BufReader::new(served.connect());
+        write!(stream.get_mut(), "GET /vcpus/stream?interval_ms=10 HTTP/1.1\r\n\r\n").unwrap();
+        let reading = serde_json::to_string(&crate::backend::fake::reading(1)).unwrap();
+        let (mut lines, mut seen) = (stream.by_ref().lines(), 0);
+        while seen < 5 {
+            let line = lines.next().unwrap().unwrap();
+            seen += u32::from(line == format!("data: {reading}"));
+        }
+        drop(served.server);
+        let mut rest = String::new();
+        stream.read_to_string(&mut rest).unwrap();
+        assert!(rest.ends_with("\r\n0\r\n\r\n"), "{rest}");
     }
 
     #[test]

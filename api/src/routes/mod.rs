@@ -16,6 +16,7 @@ mod interfaces;
 mod machine;
 mod mmds;
 mod outputs;
+mod stream;
 mod unsupported;
 mod vcpus;
 mod vm;
@@ -73,6 +74,7 @@ pub struct Shared {
     host: Arc<OnceCell<Host>>,
     /// Held by whoever looks for disturbances, from the first look to the last.
     looks: Arc<Mutex<()>>,
+    streams: Arc<stream::Streams>,
 }
 
 impl Shared {
@@ -84,6 +86,7 @@ impl Shared {
             moved: Arc::new(|| {}),
             host: Arc::default(),
             looks: Arc::default(),
+            streams: Arc::default(),
         }
     }
 
@@ -94,6 +97,11 @@ impl Shared {
             moved: Arc::new(moved),
             ..self
         }
+    }
+
+    /// Ends what would go on for as long as its client listens.
+    pub(crate) fn end_streams(&self) {
+        self.streams.end();
     }
 }
 
@@ -154,6 +162,7 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
                 .patch(unsupported::hotplug),
         )
         .route("/vcpus", get(vcpus::list))
+        .route("/vcpus/stream", get(stream::stream))
         .route("/vcpus/{index}/cputime", get(vcpus::cputime))
         .route("/vcpus/{index}/affinity", get(vcpus::affinity).put(vcpus::put_affinity))
         .route("/vcpus/{index}/histograms", get(vcpus::histograms))

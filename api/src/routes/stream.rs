@@ -1,0 +1,272 @@
+//! `GET /vcpus/stream`: readings as they come, as server-sent events, for as long as the client listens or the microVM lives.
+//!
+//! ```text
+//!  sampler, one for each interval in use ──► the latest readings ──► a body for each client: takes them when the client
+//!  (reads every vCPU once an interval)       (one place, shared)     has been sent all of those before, else skips them
+//! ```
+//!
+//! Promises: however many clients, and however slow, the vCPUs are read once an interval; no client ever waits for another;
+//! for a client that does not read, one event for each vCPU is held and no more. Nothing is queued: who was late gets what
+//! is true then. Nothing runs, and nothing is allocated, before a first client asks.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use hyper::body::Frame;
+use serde::Deserialize;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::{Fault, Shared};
+use crate::backend::Backend;
+
+/// The shortest and the longest interval, in milliseconds.
+const INTERVALS_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
+
+/// How often a client hears something while there is nothing to read: proxies close connections on which nothing is said.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// What is said then: a comment, which clients pass over (HTML Standard, 9.2.6).
+const COMMENT: Bytes = Bytes::from_static(b": no vCPU runs yet\n\n");
+
+/// What may follow the path after a question mark.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Asked {
+    /// Time between two events of a vCPU.
+    #[serde(default = "one_second")]
+    interval_ms: u64,
+}
+
+const fn one_second() -> u64 {
+    1000
+}
+
+/// The first readings at once, the others whenever the interval has passed, in step with all clients of that interval.
+pub(super) async fn stream(
+    State(shared): State<Shared>,
+    asked: Result<Query<Asked>, QueryRejection>,
+) -> Result<Response, Fault> {
+    let Query(Asked { interval_ms }) = asked.map_err(|error| Fault::new(format!("{}.", error.body_text())))?;
+    if !INTERVALS_MS.contains(&interval_ms) {
+        let (least, most) = INTERVALS_MS.into_inner();
+        return Err(Fault::new(format!(
+            "interval_ms is {interval_ms}: give {least} to {most} milliseconds."
+        )));
+    }
+    let body = Readings {
+        first: Some(render(&*shared.backend, 0)),
+        next: Next::Awaited(change(shared.streams.clone().join(&shared.backend, interval_ms))),
+        way: Arc::default(),
+    };
+    let head = [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
+    Ok((head, Body::new(body)).into_response())
+}
+
+/// One event for each vCPU; a comment where there is none.
+fn render(backend: &dyn Backend, capacity: usize) -> Bytes {
+    let mut text = Vec::with_capacity(capacity);
+    for reading in (0..backend.vcpus()).filter_map(|index| backend.read(index)) {
+        let whole = text.len();
+        text.extend_from_slice(b"event: reading\ndata: ");
+        match serde_json::to_writer(&mut text, &reading) {
+            Ok(()) => text.extend_from_slice(b"\n\n"),
+            Err(_) => text.truncate(whole),
+        }
+    }
+    if text.is_empty() { COMMENT } else { text.into() }
+}
+
+/// The samplers at work, by their interval in milliseconds.
+#[derive(Debug, Default)]
+pub(super) struct Streams {
+    samplers: Mutex<Samplers>,
+}
+
+#[derive(Debug, Default)]
+struct Samplers {
+    at: BTreeMap<u64, watch::Sender<Bytes>>,
+    ended: bool,
+}
+
+impl Streams {
+    /// What the sampler of that interval says from now on. It is started if need be, and ends with its last client.
+    fn join(self: Arc<Self>, backend: &Arc<dyn Backend>, interval_ms: u64) -> watch::Receiver<Bytes> {
+        let mut samplers = lock(&self.samplers);
+        if samplers.ended {
+            return watch::Sender::default().subscribe();
+        }
+        if let Some(sampler) = samplers.at.get(&interval_ms) {
+            return sampler.subscribe();
+        }
+        let (sampler, client) = watch::channel(Bytes::new());
+        samplers.at.insert(interval_ms, sampler);
+        drop(samplers);
+        tokio::spawn(self.sample(backend.clone(), interval_ms));
+        client
+    }
+
+    async fn sample(self: Arc<Self>, backend: Arc<dyn Backend>, interval_ms: u64) {
+        let interval = Duration::from_millis(interval_ms);
+        let mut ticks = tokio::time::interval_at(Instant::now() + interval, interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let (mut said, mut capacity) = (Instant::now(), 0);
+        loop {
+            ticks.tick().await;
+            let readings = {
+                let mut samplers = lock(&self.samplers);
+                match samplers.at.get(&interval_ms) {
+                    Some(sampler) if sampler.receiver_count() > 0 => {}
+                    _ => {
+                        samplers.at.remove(&interval_ms);
+                        return;
+                    }
+                }
+                drop(samplers);
+                render(&*backend, capacity)
+            };
+            if readings == COMMENT && said.elapsed() < KEEP_ALIVE {
+                continue;
+            }
+            (said, capacity) = (Instant::now(), readings.len());
+            if let Some(sampler) = lock(&self.samplers).at.get(&interval_ms) {
+                sampler.send_replace(readings);
+            }
+        }
+    }
+
+    /// Ends all streams, and those still to come.
+    pub fn end(&self) {
+        let mut samplers = lock(&self.samplers);
+        samplers.ended = true;
+        samplers.at.clear();
+    }
+}
+
+type Change = Pin<Box<dyn Future<Output = (bool, watch::Receiver<Bytes>)> + Send>>;
+
+/// Ends with the next readings, or with the last of them: then it is false.
+fn change(mut client: watch::Receiver<Bytes>) -> Change {
+    Box::pin(async move { (client.changed().await.is_ok(), client) })
+}
+
+/// The body of one client's answer.
+struct Readings {
+    first: Option<Bytes>,
+    next: Next,
+    way: Arc<Mutex<Way>>,
+}
+
+/// What comes after the readings that the client was sent last.
+enum Next {
+    Awaited(Change),
+    /// There are new readings.
+    Due(watch::Receiver<Bytes>),
+    Ended,
+}
+
+/// The way to the client.
+#[derive(Debug, Default)]
+enum Way {
+    #[default]
+    Free,
+    /// Readings are on it: `Some` is to be woken once they have been sent.
+    Taken(Option<Waker>),
+}
+
+/// Readings on their way: dropped by hyper once the socket has taken the last byte.
+struct OnTheWay {
+    readings: Bytes,
+    way: Arc<Mutex<Way>>,
+}
+
+impl AsRef<[u8]> for OnTheWay {
+    fn as_ref(&self) -> &[u8] {
+        &self.readings
+    }
+}
+
+impl Drop for OnTheWay {
+    fn drop(&mut self) {
+        if let Way::Taken(Some(waker)) = std::mem::take(&mut *lock(&self.way)) {
+            waker.wake();
+        }
+    }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The microVM has ended, and the client has not taken what was on its way: it is not waited for.
+#[derive(Debug, thiserror::Error)]
+#[error("the microVM has ended")]
+struct Ended;
+
+impl Readings {
+    fn send(&mut self, readings: Bytes) -> Frame<Bytes> {
+        *lock(&self.way) = Way::Taken(None);
+        let way = self.way.clone();
+        Frame::data(Bytes::from_owner(OnTheWay { readings, way }))
+    }
+
+    /// Whether the last readings are still on their way; then `waker` is woken when they no longer are.
+    fn way_is_taken(&self, waker: &Waker) -> bool {
+        match &mut *lock(&self.way) {
+            Way::Free => false,
+            Way::Taken(waiting) => {
+                *waiting = Some(waker.clone());
+                true
+            }
+        }
+    }
+}
+
+impl HttpBody for Readings {
+    type Data = Bytes;
+    type Error = Ended;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Ended>>> {
+        if let Some(readings) = self.first.take() {
+            return Poll::Ready(Some(Ok(self.send(readings))));
+        }
+        loop {
+            match std::mem::replace(&mut self.next, Next::Ended) {
+                Next::Awaited(mut change) => match change.as_mut().poll(context) {
+                    Poll::Pending => {
+                        self.next = Next::Awaited(change);
+                        return Poll::Pending;
+                    }
+                    Poll::Ready((true, client)) => self.next = Next::Due(client),
+                    Poll::Ready((false, _)) => {}
+                },
+                // The next readings may come any number of times until the way is free: this is not woken by them. It is polled at the
+                // end, as all connections are (hyper-util's graceful shutdown).
+                Next::Due(mut client) => {
+                    if !self.way_is_taken(context.waker()) {
+                        let readings = client.borrow_and_update().clone();
+                        self.next = Next::Awaited(change(client));
+                        return Poll::Ready(Some(Ok(self.send(readings))));
+                    }
+                    if client.has_changed().is_ok() {
+                        self.next = Next::Due(client);
+                        return Poll::Pending;
+                    }
+                }
+                Next::Ended if self.way_is_taken(context.waker()) => return Poll::Ready(Some(Err(Ended))),
+                Next::Ended => return Poll::Ready(None),
+            }
+        }
+    }
+}
