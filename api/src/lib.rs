@@ -12,6 +12,7 @@ mod console;
 mod ending;
 mod exit;
 mod host;
+mod line;
 mod log;
 pub mod routes;
 mod run;

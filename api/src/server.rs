@@ -1,10 +1,11 @@
 //! The API's thread: one current-thread runtime that accepts, serves and ends connections.
 //!
-//! Promises: kept off the vCPUs' CPUs; a client that sends half a request, or never reads its answer, delays nobody else; dropping
-//! the [`Server`] takes no longer than [`LINGER`], whatever clients do.
+//! Promises: kept off the vCPUs' CPUs; a client that sends half a request, or never reads its answer, delays nobody else; streams
+//! do not take the places of requests; dropping the [`Server`] takes no longer than [`Limits::linger`], whatever clients do.
 
 use std::io;
 use std::net::TcpListener;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -12,7 +13,10 @@ use std::time::Duration;
 
 use accounting::host::{CpuSet, HostCpus, run_on};
 use axum::Router;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
@@ -20,16 +24,18 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::backend::Backend;
+use crate::line::Line;
 use crate::routes::{self, Limits, Shared};
 
-/// Connections served at once; one more is told so and closed.
+/// Connections served at once, streams not counted; one more is told so and closed.
 const CONNECTIONS: usize = 128;
+
+/// How long one more waits for a place. When many clients come at once to listen to a stream, each has a place until its
+/// request has been read.
+const PLACE_TIME: Duration = Duration::from_millis(50);
 
 /// How long a connection may take over a request's head, and how long it may stay idle between two requests.
 const HEAD_TIME: Duration = Duration::from_secs(60);
-
-/// How long requests under way may take to finish once the server stops.
-const LINGER: Duration = Duration::from_millis(500);
 
 /// What to listen on; both non-blocking.
 #[derive(Debug, Default)]
@@ -123,34 +129,45 @@ async fn accept(
     let router = routes::router(shared.clone(), limits);
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(CONNECTIONS));
-    let serve = |watcher: Watcher, permit| Connection {
+    let serve = |place| Connection {
         router: router.clone(),
-        watcher,
-        permit,
+        watcher: graceful.watcher(),
+        place,
     };
     loop {
         let accepted = tokio::select! {
-            accepted = next_unix(unix.as_ref()) => accepted.map(|io| {
-                let permit = room.clone().try_acquire_owned().ok();
-                tokio::spawn(serve(graceful.watcher(), permit).run(io));
-            }),
-            accepted = next_tcp(tcp.as_ref()) => accepted.map(|io| {
-                let permit = room.clone().try_acquire_owned().ok();
-                tokio::spawn(serve(graceful.watcher(), permit).run(io));
-            }),
+            accepted = next_unix(unix.as_ref()) => accepted.map(Accepted::Unix),
+            accepted = next_tcp(tcp.as_ref()) => accepted.map(Accepted::Tcp),
             _ = &mut stop => break,
         };
-        if let Err(error) = accepted {
-            // Out of descriptors, as a rule: give connections the time to end.
-            tracing::warn!("a connection could not be accepted: {error}");
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        match accepted {
+            Ok(Accepted::Unix(io)) => drop(tokio::spawn(serve(place(&room).await).run(io))),
+            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(place(&room).await).run(io))),
+            Err(error) => {
+                // Out of descriptors, as a rule: give connections the time to end.
+                tracing::warn!("a connection could not be accepted: {error}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
         }
     }
     drop((unix, tcp));
     shared.end_streams();
-    if tokio::time::timeout(LINGER, graceful.shutdown()).await.is_err() {
+    if tokio::time::timeout(limits.linger, graceful.shutdown()).await.is_err() {
         tracing::debug!("connections with a request under way were closed");
     }
+}
+
+enum Accepted {
+    Unix(tokio::net::UnixStream),
+    Tcp(tokio::net::TcpStream),
+}
+
+/// A place for a connection; `None` where there is none, and none becomes free in time.
+async fn place(room: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    tokio::time::timeout(PLACE_TIME, room.clone().acquire_owned())
+        .await
+        .ok()?
+        .ok()
 }
 
 async fn next_unix(listener: Option<&tokio::net::UnixListener>) -> io::Result<tokio::net::UnixStream> {
@@ -174,12 +191,12 @@ async fn next_tcp(listener: Option<&tokio::net::TcpListener>) -> io::Result<toki
 struct Connection {
     router: Router,
     watcher: Watcher,
-    permit: Option<OwnedSemaphorePermit>,
+    place: Option<OwnedSemaphorePermit>,
 }
 
 impl Connection {
-    async fn run(self, mut io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
-        let Some(_permit) = self.permit else {
+    async fn run(self, mut io: impl AsyncRead + AsyncWrite + AsFd + Unpin + Send + 'static) {
+        let Some(place) = self.place else {
             let body = r#"{"fault_message":"Too many open connections."}"#;
             let head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n";
             let response = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
@@ -187,9 +204,19 @@ impl Connection {
             let _ = io.write_all(response.as_bytes()).await;
             return;
         };
+        let line = Line::new(place);
         let mut builder = http1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME);
-        let connection = builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(self.router));
+        let serve = {
+            let (router, line) = (TowerToHyperService::new(self.router), line.clone());
+            service_fn(move |mut request: Request<Incoming>| {
+                if request.uri().path() == routes::STREAM {
+                    request.extensions_mut().insert(line.clone());
+                }
+                router.call(request)
+            })
+        };
+        let connection = builder.serve_connection(TokioIo::new(line.socket(io)), serve);
         if let Err(error) = self.watcher.watch(connection).await {
             tracing::debug!("a connection ended early: {error}");
         }
@@ -394,21 +421,87 @@ mod tests {
         assert!(served.answers());
     }
 
+    impl Served {
+        /// A client of the stream, which has got a reading.
+        fn listen(&self, interval_ms: u32) -> BufReader<UnixStream> {
+            let mut stream = BufReader::new(self.connect());
+            let request = format!("GET /vcpus/stream?interval_ms={interval_ms} HTTP/1.1\r\n\r\n");
+            stream.get_mut().write_all(request.as_bytes()).unwrap();
+            next_reading(&mut stream);
+            stream
+        }
+    }
+
+    fn next_reading(stream: &mut BufReader<UnixStream>) -> String {
+        let mut line = String::new();
+        while !line.starts_with("data: {") {
+            line.clear();
+            assert_ne!(stream.read_line(&mut line).unwrap(), 0, "the stream has ended");
+        }
+        line["data: ".len()..].trim_end().to_owned()
+    }
+
     #[test]
-    fn a_stream_goes_on_until_the_server_stops() {
+    fn a_stream_says_what_a_request_is_answered_until_the_server_stops() {
         let served = Served::new();
-        let mut stream = BufReader::new(served.connect());
-        write!(stream.get_mut(), "GET /vcpus/stream?interval_ms=10 HTTP/1.1\r\n\r\n").unwrap();
-        let reading = serde_json::to_string(&crate::backend::fake::reading(1)).unwrap();
-        let (mut lines, mut seen) = (stream.by_ref().lines(), 0);
-        while seen < 5 {
-            let line = lines.next().unwrap().unwrap();
-            seen += u32::from(line == format!("data: {reading}"));
+        let mut stream = served.listen(10);
+        let mut client = Client::connect(&served.scratch.path("s")).unwrap();
+        for index in [1, 0, 1, 0] {
+            let answer = client.get(&format!("/vcpus/{index}/cputime")).unwrap();
+            assert_eq!(next_reading(&mut stream).as_bytes(), answer);
         }
         drop(served.server);
         let mut rest = String::new();
         stream.read_to_string(&mut rest).unwrap();
-        assert!(rest.ends_with("\r\n0\r\n\r\n"), "{rest}");
+        assert!(rest.ends_with("\r\n0\r\n\r\n"), "not ended in order: {rest}");
+    }
+
+    #[test]
+    fn streams_take_no_places_of_requests_however_many_come_at_once() {
+        let served = Served::new();
+        let request = b"GET /vcpus/stream?interval_ms=60000 HTTP/1.1\r\n\r\n";
+        let connect = || {
+            let mut stream = served.connect();
+            stream.write_all(request).unwrap();
+            BufReader::new(stream)
+        };
+        let mut streams: Vec<_> = (0..2 * CONNECTIONS).map(|_| connect()).collect();
+        for stream in &mut streams {
+            next_reading(stream);
+        }
+        assert!(served.answers());
+    }
+
+    #[test]
+    fn the_end_does_not_wait_for_clients_that_read_nothing() {
+        let served = Served::with(Limits {
+            // A server that waited would be noticed.
+            linger: Duration::from_secs(3600),
+            ..Limits::default()
+        });
+        let mut deaf: Vec<_> = (0..8).map(|_| served.listen(10)).collect();
+        // A hundred readings, some 80 KB, are more than a stream's socket holds.
+        let mut hearing = served.listen(10);
+        for _ in 0..100 {
+            next_reading(&mut hearing);
+        }
+        let (ended, end) = std::sync::mpsc::channel();
+        let server = served.server;
+        std::thread::spawn(move || {
+            drop(server);
+            ended.send(()).unwrap();
+        });
+        end.recv_timeout(Duration::from_secs(60))
+            .expect("the server waits for them");
+        for stream in &mut deaf {
+            let mut rest = Vec::new();
+            let _ = stream.read_to_end(&mut rest);
+            assert!(
+                !rest.ends_with(b"\r\n0\r\n\r\n"),
+                "what was cut off is not said to be whole"
+            );
+            assert!(rest.len() < 64 << 10, "{} bytes were held for it", rest.len());
+        }
     }
 
     #[test]

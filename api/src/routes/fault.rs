@@ -25,6 +25,14 @@ impl Fault {
         }
     }
 
+    /// 503: as many are served as can be.
+    pub fn too_many(message: impl Into<String>) -> Self {
+        Self {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            message: message.into(),
+        }
+    }
+
     /// No such path, or not with this method. As Firecracker, by the path's first part.
     pub fn unknown(method: &Method, path: &str) -> Self {
         let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();

@@ -47,13 +47,18 @@ use id::Id;
 /// The version of Firecracker whose API this one follows: what `GET /version` answers, as clients choose features by it.
 pub const FIRECRACKER_API: &str = "1.14.0";
 
-/// How much of a request is taken, and for how long.
+/// The path whose answer has no end.
+pub(crate) const STREAM: &str = "/vcpus/stream";
+
+/// How much of a request is taken, and how long anything about it may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Largest body, in bytes. Firecracker's `HTTP_MAX_PAYLOAD_SIZE` unless told otherwise.
     pub body_bytes: usize,
     /// Longest wait for a whole body.
     pub body_time: Duration,
+    /// How long requests under way may take to finish once the server stops.
+    pub linger: Duration,
 }
 
 impl Default for Limits {
@@ -61,6 +66,7 @@ impl Default for Limits {
         Self {
             body_bytes: 51_200,
             body_time: Duration::from_secs(10),
+            linger: Duration::from_millis(500),
         }
     }
 }
@@ -163,7 +169,7 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
                 .patch(unsupported::hotplug),
         )
         .route("/vcpus", get(vcpus::list))
-        .route("/vcpus/stream", get(stream::stream))
+        .route(STREAM, get(stream::stream))
         .route("/vcpus/{index}/cputime", get(vcpus::cputime))
         .route("/vcpus/{index}/affinity", get(vcpus::affinity).put(vcpus::put_affinity))
         .route("/vcpus/{index}/histograms", get(vcpus::histograms))

@@ -11,10 +11,11 @@
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use axum::Extension;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
@@ -22,11 +23,12 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use hyper::body::Frame;
 use serde::Deserialize;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::{Fault, Shared};
 use crate::backend::Backend;
+use crate::line::Line;
 
 /// The shortest and the longest interval, in milliseconds.
 const INTERVALS_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
@@ -53,6 +55,7 @@ const fn one_second() -> u64 {
 /// The first readings at once, the others whenever the interval has passed, in step with all clients of that interval.
 pub(super) async fn stream(
     State(shared): State<Shared>,
+    line: Option<Extension<Arc<Line>>>,
     asked: Result<Query<Asked>, QueryRejection>,
 ) -> Result<Response, Fault> {
     let Query(Asked { interval_ms }) = asked.map_err(|error| Fault::new(format!("{}.", error.body_text())))?;
@@ -62,8 +65,15 @@ pub(super) async fn stream(
             "interval_ms is {interval_ms}: give {least} to {most} milliseconds."
         )));
     }
+    let place = shared.streams.place()?;
+    let first = render(&*shared.backend, 0);
+    if let Some(Extension(line)) = line {
+        // Before the start the first message is no measure.
+        line.becomes_stream(first.len().max(4096));
+    }
     let body = Readings {
-        first: Some(render(&*shared.backend, 0)),
+        _place: place,
+        first: Some(first),
         next: Next::Awaited(change(shared.streams.clone().join(&shared.backend, interval_ms))),
         way: Arc::default(),
     };
@@ -88,19 +98,45 @@ fn render(backend: &dyn Backend, capacity: usize) -> Bytes {
     if text.is_empty() { COMMENT } else { text.into() }
 }
 
-/// The samplers at work, by their interval in milliseconds.
+/// Clients that may listen at once.
+const STREAMS: usize = 1024;
+
+/// All streams.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
+    room: OnceLock<Arc<Semaphore>>,
     samplers: Mutex<Samplers>,
 }
 
+/// How many clients there may be: half the files this process may have open belong to others, whatever there are.
+fn room() -> usize {
+    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    files.map_or(STREAMS, |files| {
+        STREAMS.min(usize::try_from(files / 2).unwrap_or(STREAMS))
+    })
+}
+
+/// The samplers at work.
 #[derive(Debug, Default)]
 struct Samplers {
+    /// By their interval, in milliseconds.
     at: BTreeMap<u64, watch::Sender<Bytes>>,
     ended: bool,
 }
 
 impl Streams {
+    /// A place for one more client.
+    fn place(&self) -> Result<OwnedSemaphorePermit, Fault> {
+        let room = self.room.get_or_init(|| Arc::new(Semaphore::new(room())));
+        let full = |_| {
+            Fault::too_many(format!(
+                "Too many clients listen to the stream: it has {} at most.",
+                self::room()
+            ))
+        };
+        room.clone().try_acquire_owned().map_err(full)
+    }
+
     /// What the sampler of that interval says from now on. It is started if need be, and ends with its last client.
     fn join(self: Arc<Self>, backend: &Arc<dyn Backend>, interval_ms: u64) -> watch::Receiver<Bytes> {
         let mut samplers = lock(&self.samplers);
@@ -163,6 +199,7 @@ fn change(mut client: watch::Receiver<Bytes>) -> Change {
 
 /// The body of one client's answer.
 struct Readings {
+    _place: OwnedSemaphorePermit,
     first: Option<Bytes>,
     next: Next,
     way: Arc<Mutex<Way>>,
@@ -270,3 +307,6 @@ impl HttpBody for Readings {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
