@@ -9,9 +9,10 @@
 //! for a client that does not read, one event for each vCPU is held and no more. Nothing is queued: who was late gets what
 //! is true then. Nothing runs, and nothing is allocated, before a first client asks.
 
-use std::collections::BTreeMap;
+mod sampler;
+
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -23,12 +24,12 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use hyper::body::Frame;
 use serde::Deserialize;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::{Fault, Shared};
 use crate::backend::Backend;
 use crate::line::Line;
+pub(super) use sampler::Streams;
 
 /// The shortest and the longest interval, in milliseconds.
 const INTERVALS_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
@@ -96,98 +97,6 @@ fn render(backend: &dyn Backend, capacity: usize) -> Bytes {
         }
     }
     if text.is_empty() { COMMENT } else { text.into() }
-}
-
-/// Clients that may listen at once.
-const STREAMS: usize = 1024;
-
-/// All streams.
-#[derive(Debug, Default)]
-pub(super) struct Streams {
-    room: OnceLock<Arc<Semaphore>>,
-    samplers: Mutex<Samplers>,
-}
-
-/// How many clients there may be: half the files this process may have open belong to others, whatever there are.
-fn room() -> usize {
-    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    files.map_or(STREAMS, |files| {
-        STREAMS.min(usize::try_from(files / 2).unwrap_or(STREAMS))
-    })
-}
-
-/// The samplers at work.
-#[derive(Debug, Default)]
-struct Samplers {
-    /// By their interval, in milliseconds.
-    at: BTreeMap<u64, watch::Sender<Bytes>>,
-    ended: bool,
-}
-
-impl Streams {
-    /// A place for one more client.
-    fn place(&self) -> Result<OwnedSemaphorePermit, Fault> {
-        let room = self.room.get_or_init(|| Arc::new(Semaphore::new(room())));
-        let full = |_| {
-            Fault::too_many(format!(
-                "Too many clients listen to the stream: it has {} at most.",
-                self::room()
-            ))
-        };
-        room.clone().try_acquire_owned().map_err(full)
-    }
-
-    /// What the sampler of that interval says from now on. It is started if need be, and ends with its last client.
-    fn join(self: Arc<Self>, backend: &Arc<dyn Backend>, interval_ms: u64) -> watch::Receiver<Bytes> {
-        let mut samplers = lock(&self.samplers);
-        if samplers.ended {
-            return watch::Sender::default().subscribe();
-        }
-        if let Some(sampler) = samplers.at.get(&interval_ms) {
-            return sampler.subscribe();
-        }
-        let (sampler, client) = watch::channel(Bytes::new());
-        samplers.at.insert(interval_ms, sampler);
-        drop(samplers);
-        tokio::spawn(self.sample(backend.clone(), interval_ms));
-        client
-    }
-
-    async fn sample(self: Arc<Self>, backend: Arc<dyn Backend>, interval_ms: u64) {
-        let interval = Duration::from_millis(interval_ms);
-        let mut ticks = tokio::time::interval_at(Instant::now() + interval, interval);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-        let (mut said, mut capacity) = (Instant::now(), 0);
-        loop {
-            ticks.tick().await;
-            let readings = {
-                let mut samplers = lock(&self.samplers);
-                match samplers.at.get(&interval_ms) {
-                    Some(sampler) if sampler.receiver_count() > 0 => {}
-                    _ => {
-                        samplers.at.remove(&interval_ms);
-                        return;
-                    }
-                }
-                drop(samplers);
-                render(&*backend, capacity)
-            };
-            if readings == COMMENT && said.elapsed() < KEEP_ALIVE {
-                continue;
-            }
-            (said, capacity) = (Instant::now(), readings.len());
-            if let Some(sampler) = lock(&self.samplers).at.get(&interval_ms) {
-                sampler.send_replace(readings);
-            }
-        }
-    }
-
-    /// Ends all streams, and those still to come.
-    pub fn end(&self) {
-        let mut samplers = lock(&self.samplers);
-        samplers.ended = true;
-        samplers.at.clear();
-    }
 }
 
 type Change = Pin<Box<dyn Future<Output = (bool, watch::Receiver<Bytes>)> + Send>>;
