@@ -9,7 +9,7 @@ use axum::Router;
 use axum::routing::{MethodFilter, on};
 
 use super::{
-    Shared, actions, balloon, devices, drives, host, interfaces, machine, metrics, mmds, openapi, outputs, stream,
+    Shared, actions, balloon, devices, drives, host, interfaces, machine, metrics, mmds, openapi, outputs, stream, ui,
     unsupported, vcpus, vm,
 };
 
@@ -182,6 +182,8 @@ routes! {
         /// What this host offers, and what disturbs the vCPUs on it now.
         GET "/host" => host::get, answers host::Answer<'_>;
 
+        /// A page that draws where the vCPUs' time goes, for a browser.
+        GET "/ui" => ui::page, says "text/html; charset=utf-8";
         /// This document.
         GET "/openapi.json" => openapi::get, answers serde_json::Value;
     }

@@ -20,6 +20,7 @@ mod mmds;
 mod openapi;
 mod outputs;
 mod stream;
+mod ui;
 mod unsupported;
 mod vcpus;
 mod vm;
