@@ -21,6 +21,7 @@ mod modules;
 mod openapi;
 mod process;
 mod progress;
+mod quick_start;
 mod rootfs;
 mod setup;
 mod streams;
@@ -62,6 +63,10 @@ enum Task {
     /// On this machine if its /dev/kvm can boot a stock kernel, otherwise in the emulated host. The last line is the last
     /// reading, as JSON.
     Demo,
+    /// Type the commands of docs/quick-start.md, as a newcomer would
+    ///
+    /// Here, and in the emulated host where the page says so. The first command that fails ends it.
+    QuickStart,
     /// Run the tests, each on the bed it is made for
     ///
     /// Ends with a line for each bed and one for all: "N passed, N failed, N skipped". The exit status is 0 if none failed.
@@ -138,6 +143,7 @@ fn run(task: Task) -> Result<u8> {
             let all_well = testing::test(&layout, bed, filter.as_deref())?;
             Ok(if all_well { DONE } else { FAILED })
         }
+        Task::QuickStart => quick_start::quick_start(&layout).map(|()| DONE),
         Task::Bench => bench::bench(&layout).map(|()| DONE),
         Task::Accuracy => accuracy::accuracy(&layout).map(|()| DONE),
         Task::Streams => streams::streams(&layout).map(|()| DONE),
