@@ -11,6 +11,7 @@ mod config_file;
 mod console;
 mod ending;
 mod exit;
+mod figures;
 pub mod fleet;
 mod host;
 mod line;
@@ -25,6 +26,7 @@ mod signals;
 mod socket;
 mod step;
 mod times;
+mod top;
 
 use std::io;
 use std::panic::{self, AssertUnwindSafe};
@@ -36,6 +38,8 @@ use cli::Command;
 #[must_use]
 pub fn main() -> ExitCode {
     panic::set_hook(Box::new(|info| {
+        // What is said on the screen of `top` goes with it.
+        top::restore();
         let payload = info.payload();
         let text = payload
             .downcast_ref::<String>()
@@ -60,6 +64,7 @@ fn command() -> u8 {
     let result = match cli.command {
         Some(Command::Run(args)) => run::run(*args),
         Some(Command::Times(args)) => times::times(&args),
+        Some(Command::Top(args)) => top::top(args),
         Some(Command::Check(args)) => check::check(&args),
         None => run::serve(cli.serve),
     };

@@ -9,11 +9,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use accounting::Reading;
-use accounting::reading::{Mode, Modes};
+use accounting::reading::Mode;
 use anyhow::{Context, Result, bail};
 
 use crate::cli::Times;
 use crate::client::{Client, ClientError};
+use crate::figures::{Grown, error_ns, name, percent, seconds, short};
 
 /// Prints readings until there are enough. Ends in good order with the microVM, if that was read at least once.
 ///
@@ -115,78 +116,30 @@ const HEAD: &str =
     "VCPU STATE     ELAPSED     GTIME    +/-   GUEST%  USER% KERNEL% HALTED% WAITING% OTHER%  SOURCE CPU";
 
 fn row(before: Option<&Reading>, now: &Reading) -> String {
-    let zero = Modes::default();
-    let before = before.map_or(zero, |reading| reading.modes).to_array();
-    let now_modes = now.modes.to_array();
-    let grown: Vec<u64> = now_modes
-        .iter()
-        .zip(before)
-        .map(|(now, before)| now.saturating_sub(before))
-        .collect();
-    let all = grown.iter().sum();
-    let share = |mode: Mode| percent(grown[mode as usize], all);
-    let other = percent(grown[Mode::Blocked as usize] + grown[Mode::Paused as usize], all);
-    let Reading {
-        gtime_ns,
-        gtime_bounds_ns: bounds,
-        ..
-    } = *now;
-    let error_ns = bounds
-        .upper
-        .saturating_sub(gtime_ns)
-        .max(gtime_ns.saturating_sub(bounds.lower));
+    let grown = Grown::between(before, now);
+    let other = grown.mode_ns(Mode::Blocked) + grown.mode_ns(Mode::Paused);
     format!(
         "{:>4} {:<7} {:>9} {:>9} {:>6} {:>8} {:>6} {:>7} {:>7} {:>8} {:>6}  {:<6} {:>3}",
         now.index,
         name(&now.state),
         seconds(now.elapsed_ns),
-        seconds(gtime_ns),
-        short(error_ns),
-        share(Mode::Guest),
-        share(Mode::HostUser),
-        share(Mode::HostKernel),
-        share(Mode::Halted),
-        share(Mode::Waiting),
-        other,
+        seconds(now.gtime_ns),
+        short(error_ns(now)),
+        grown.percent(Mode::Guest),
+        grown.percent(Mode::HostUser),
+        grown.percent(Mode::HostKernel),
+        grown.percent(Mode::Halted),
+        grown.percent(Mode::Waiting),
+        percent(other, grown.elapsed_ns()),
         name(&now.source),
         now.host_cpu.cpu,
     )
 }
 
-/// A variant's name in the API.
-fn name<T: serde::Serialize>(value: &T) -> String {
-    serde_json::to_value(value)
-        .ok()
-        .and_then(|name| name.as_str().map(str::to_owned))
-        .unwrap_or_default()
-}
-
-/// `part` of `all`, in per cent with one decimal.
-fn percent(part: u64, all: u64) -> String {
-    if all == 0 {
-        return "-".to_owned();
-    }
-    let tenths = (u128::from(part) * 1000 + u128::from(all) / 2) / u128::from(all);
-    format!("{}.{}", tenths / 10, tenths % 10)
-}
-
-/// Seconds with three decimals.
-fn seconds(ns: u64) -> String {
-    format!("{}.{:03}", ns / 1_000_000_000, ns / 1_000_000 % 1000)
-}
-
-/// Three digits or so, in the unit that suits.
-fn short(ns: u64) -> String {
-    match ns {
-        0..1_000 => format!("{ns}ns"),
-        1_000..1_000_000 => format!("{}us", ns / 1_000),
-        1_000_000..10_000_000_000 => format!("{}ms", ns / 1_000_000),
-        _ => format!("{}s", ns / 1_000_000_000),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use accounting::reading::Modes;
+
     use super::*;
     use crate::backend::fake;
 
@@ -231,16 +184,5 @@ mod tests {
     fn columns_stand_under_their_heads() {
         let text = row(None, &fake::reading(0));
         assert_eq!(text.len(), HEAD.len(), "\n{HEAD}\n{text}");
-    }
-
-    #[test]
-    fn figures_are_cut_to_what_a_reader_needs() {
-        assert_eq!(percent(1, 3), "33.3");
-        assert_eq!(percent(u64::MAX, u64::MAX), "100.0");
-        assert_eq!(seconds(12_345_678_901), "12.345");
-        assert_eq!(
-            [0, 999, 1_000, 12_000_000, 99_000_000_000].map(short),
-            ["0ns", "999ns", "1us", "12ms", "99s"]
-        );
     }
 }

@@ -6,13 +6,21 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{LocalModes, Termios, tcgetattr};
+use rustix::termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::vm::PATIENCE;
+
+/// As a terminal of old.
+const SIZE: Winsize = Winsize {
+    ws_col: 80,
+    ws_row: 24,
+    ws_xpixel: 0,
+    ws_ypixel: 0,
+};
 
 /// A child on a terminal of its own.
 #[derive(Debug)]
@@ -40,6 +48,7 @@ impl Terminal {
         let name = ptsname(&master, Vec::new()).expect("its name");
         let line = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())
             .expect("its other end");
+        tcsetwinsize(&line, SIZE).expect("a terminal");
         let end = || line.try_clone().expect("a descriptor");
         command.stdin(end()).stdout(end()).stderr(end());
         // SAFETY: both calls are async-signal-safe and touch no memory of the parent's.
@@ -103,6 +112,27 @@ impl Terminal {
         }
     }
 
+    /// What the screen has shown since the last wait, once it has shown nothing for as long as `quiet`.
+    pub fn shown(&mut self, quiet: Duration) -> String {
+        while let Ok(bytes) = self.screen.recv_timeout(quiet) {
+            self.shown.extend(bytes);
+        }
+        String::from_utf8_lossy(&std::mem::take(&mut self.shown)).into_owned()
+    }
+
+    /// Gives it another size, in columns and rows.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        let size = Winsize {
+            ws_col: columns,
+            ws_row: rows,
+            ..SIZE
+        };
+        tcsetwinsize(&self.line, size).expect("the terminal is there");
+    }
+
     /// The terminal's modes.
     ///
     /// # Panics
@@ -143,7 +173,7 @@ impl Terminal {
                 "it does not end; the screen:\n{}",
                 String::from_utf8_lossy(&self.shown)
             );
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 }

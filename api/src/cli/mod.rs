@@ -14,10 +14,14 @@ use tracing_subscriber::filter::LevelFilter;
 use vmm::config::{MAX_VCPUS, Pinning, Vsock};
 
 use crate::exit;
+use crate::fleet::Pattern;
 pub use devices::{Disk, Net};
 
 /// Where the API's socket is unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/chronovisor.socket";
+
+/// What a microVM is called unless told otherwise: as Firecracker's.
+pub const DEFAULT_ID: &str = "anonymous-instance";
 
 /// A microVM hypervisor on KVM that knows where every nanosecond of a vCPU went.
 #[derive(Debug, Parser)]
@@ -54,6 +58,8 @@ pub enum Command {
     Run(Box<Run>),
     /// Show where the vCPUs' time goes
     Times(Times),
+    /// Show where the time of several microVMs' vCPUs goes, on the whole screen
+    Top(Top),
     /// Say how well this host can run guests and tell their time, and what to change
     Check(Check),
 }
@@ -68,7 +74,7 @@ pub struct Serve {
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "no_api")]
     pub api_listen: Option<SocketAddr>,
     /// Name of the microVM: 1 to 64 letters, digits and hyphens
-    #[arg(long, default_value = "anonymous-instance", value_parser = id)]
+    #[arg(long, default_value = DEFAULT_ID, value_parser = id)]
     pub id: String,
     /// Configure and start the microVM from this JSON file: the sections that GET /vm/config answers
     #[arg(long, value_name = "FILE")]
@@ -207,7 +213,7 @@ pub struct Run {
     #[arg(long, value_name = "ADDR:PORT")]
     pub api_listen: Option<SocketAddr>,
     /// Name of the microVM: 1 to 64 letters, digits and hyphens
-    #[arg(long, default_value = "anonymous-instance", value_parser = id)]
+    #[arg(long, default_value = DEFAULT_ID, value_parser = id)]
     pub id: String,
     /// Where guest time comes from.
     #[command(flatten)]
@@ -235,6 +241,21 @@ pub struct Times {
     /// End after this many readings
     #[arg(long, value_name = "N", requires = "watch", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
+}
+
+/// `chronovisor top`.
+#[derive(Args, Debug)]
+pub struct Top {
+    /// API sockets of microVMs: a path, a directory of them, or a quoted glob; may be given again
+    /// [default: /run/chronovisor.socket and /run/chronovisor/*.socket]
+    #[arg(long, value_name = "PATTERN")]
+    pub api_sock: Vec<Pattern>,
+    /// Milliseconds between readings, 100 to 60000
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
+    pub interval: u64,
+    /// Print two readings' difference as plain text, and end
+    #[arg(long)]
+    pub once: bool,
 }
 
 /// `chronovisor check`.
