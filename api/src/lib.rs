@@ -11,6 +11,7 @@ mod config_file;
 mod console;
 mod ending;
 mod exit;
+pub mod fleet;
 mod host;
 mod log;
 pub mod routes;
