@@ -16,6 +16,11 @@ pub trait Backend: Send + Sync + 'static {
     /// Hands `action` to the VMM thread. An `answer` dropped without being called means that the microVM has ended.
     fn send(&self, action: Action, answer: Answer);
 
+    /// The microVM's name; empty where it has none.
+    fn id(&self) -> &str {
+        ""
+    }
+
     /// Where requests are counted, if anywhere.
     fn requests(&self) -> Option<&Requests> {
         None
@@ -41,6 +46,10 @@ pub trait Backend: Send + Sync + 'static {
 impl Backend for VmmHandle {
     fn send(&self, action: Action, answer: Answer) {
         Self::send(self, action, answer);
+    }
+
+    fn id(&self) -> &str {
+        Self::id(self)
     }
 
     fn requests(&self) -> Option<&Requests> {
@@ -150,6 +159,10 @@ pub(crate) mod fake {
     impl Backend for Fake {
         fn send(&self, action: Action, answer: Answer) {
             answer(self.0.act(action));
+        }
+
+        fn id(&self) -> &str {
+            "fake"
         }
 
         fn vcpus(&self) -> usize {

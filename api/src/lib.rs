@@ -14,6 +14,7 @@ mod exit;
 pub mod fleet;
 mod host;
 mod log;
+pub mod prometheus;
 pub mod routes;
 mod run;
 #[cfg(test)]

@@ -101,6 +101,7 @@ pub struct VmmHandle {
     wake: Arc<EventFd>,
     shared: Arc<Shared>,
     cpus: Arc<HostCpus>,
+    id: Arc<str>,
 }
 
 impl VmmHandle {
@@ -128,6 +129,12 @@ impl VmmHandle {
             let _ = answer.send(result);
         });
         answered.recv().unwrap_or(Err(ActionError::Ended))
+    }
+
+    /// The microVM's name, as [`Options`] gave it.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     /// The vCPUs' accounts.
@@ -214,6 +221,7 @@ impl Vmm {
             wake: Arc::clone(&wake),
             shared: Arc::clone(&shared),
             cpus: Arc::new(HostCpus::read()?),
+            id: options.id.as_str().into(),
         };
         let cpus = Arc::clone(&handle.cpus);
         let thread = event_loop::spawn(options, cpus, event_loop::Inbox { incoming, wake }, shared)?;

@@ -14,6 +14,7 @@ mod host;
 mod id;
 mod interfaces;
 mod machine;
+mod metrics;
 mod mmds;
 mod outputs;
 mod unsupported;
@@ -144,7 +145,7 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
         .route("/mmds/config", get(mmds::get_config).put(mmds::put_config))
         .route("/serial", put(outputs::put_serial))
         .route("/logger", put(outputs::put_logger))
-        .route("/metrics", put(outputs::put_metrics))
+        .route("/metrics", get(metrics::get).put(outputs::put_metrics))
         .route("/snapshot/{what}", put(unsupported::snapshots))
         .route("/pmem/{id}", put(unsupported::pmem).patch(unsupported::pmem))
         .route(
