@@ -11,6 +11,7 @@ mod config_file;
 mod console;
 mod ending;
 mod exit;
+mod exporter;
 pub mod fleet;
 mod host;
 mod log;
@@ -60,6 +61,7 @@ fn command() -> u8 {
         Some(Command::Run(args)) => run::run(*args),
         Some(Command::Times(args)) => times::times(&args),
         Some(Command::Check(args)) => check::check(&args),
+        Some(Command::Exporter(args)) => exporter::export(*args),
         None => run::serve(cli.serve),
     };
     result.unwrap_or_else(|error| {
