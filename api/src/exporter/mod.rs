@@ -84,6 +84,7 @@ pub struct Exporter {
 pub fn export(args: Exporter) -> Result<u8> {
     log::start(&args.log, "exporter")?;
     process::raise_descriptor_limit();
+    process::keep_off_tickless_cpus();
     let listen = || {
         let listener = TcpListener::bind(args.listen)?;
         listener.set_nonblocking(true)?;

@@ -4,6 +4,7 @@
 use std::fs;
 use std::time::SystemTime;
 
+use accounting::host::{CpuSet, HostCpus, run_on};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::ClockId;
 
@@ -46,6 +47,15 @@ pub(super) fn raise_descriptor_limit() {
     };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
         tracing::debug!("the limit of open descriptors stays as it is: {error}");
+    }
+}
+
+/// Keeps this process on the CPUs that do the machine's housekeeping: a scrape on a vCPU's CPU would take its time, and bring
+/// back its tick. Which of the other CPUs have vCPUs pinned to them is not known here.
+pub(super) fn keep_off_tickless_cpus() {
+    let kept = HostCpus::read().and_then(|host| run_on(&host.housekeeping(&CpuSet::new())));
+    if let Err(error) = kept {
+        tracing::warn!("scrapes may take the time of a vCPU on a tickless CPU: {error}");
     }
 }
 
