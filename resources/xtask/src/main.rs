@@ -19,6 +19,7 @@ mod machine;
 mod modules;
 mod process;
 mod progress;
+mod prometheus;
 mod rootfs;
 mod setup;
 mod testing;
@@ -44,10 +45,10 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Get what the others need: Debian packages, the kernel, the guest's initramfs, Firecracker's Python clients
+    /// Get what the others need: Debian packages, the kernel, the guest's initramfs, Firecracker's Python clients, Prometheus
     ///
-    /// As root, installs the packages that this machine lacks; else prints the line that does. The kernel and busybox are
-    /// only downloaded and unpacked. A second run touches no network.
+    /// As root, installs the packages that this machine lacks; else prints the line that does. The kernel, busybox and
+    /// Prometheus are only downloaded and unpacked. A second run touches no network.
     Setup,
     /// Make a Debian root file system for guests: systemd, a login on the serial console, sshd
     ///
@@ -111,6 +112,7 @@ fn run(task: Task) -> Result<u8> {
             println!("guest kernel     {}", kit.vmlinux.display());
             println!("guest initramfs  {}", kit.initramfs.display());
             println!("Python clients   {}", clients.display());
+            println!("Prometheus       {}", prometheus::unpack(&layout)?.display());
             Ok(DONE)
         }
         Task::Rootfs => {
