@@ -11,6 +11,7 @@ mod config_file;
 mod console;
 mod ending;
 mod exit;
+mod exporter;
 mod figures;
 pub mod fleet;
 mod host;
@@ -66,6 +67,7 @@ fn command() -> u8 {
         Some(Command::Times(args)) => times::times(&args),
         Some(Command::Top(args)) => top::top(args),
         Some(Command::Check(args)) => check::check(&args),
+        Some(Command::Exporter(args)) => exporter::export(*args),
         None => run::serve(cli.serve),
     };
     result.unwrap_or_else(|error| {

@@ -22,7 +22,7 @@ const CLOSING: Duration = Duration::from_secs(10);
 /// # Errors
 /// Why there is none.
 pub fn chromium() -> Result<PathBuf, String> {
-    if let Some(why) = std::env::var_os("CHRONOVISOR_CHROMIUM_LACKS") {
+    if let Some(why) = std::env::var_os("CHRONOVISOR_CHROMIUM_LACK") {
         return Err(why.to_string_lossy().into_owned());
     }
     std::env::var_os("CHRONOVISOR_CHROMIUM")

@@ -15,6 +15,7 @@ pub mod flat;
 pub mod interrupts;
 pub mod kernel;
 pub mod over;
+pub mod prometheus;
 pub mod row;
 pub mod terminal;
 pub mod trace;

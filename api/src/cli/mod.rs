@@ -62,6 +62,9 @@ pub enum Command {
     Top(Top),
     /// Say how well this host can run guests and tell their time, and what to change
     Check(Check),
+    /// Serve the figures of all microVMs of this machine to Prometheus
+    #[command(after_help = crate::exporter::HELP)]
+    Exporter(Box<crate::exporter::Exporter>),
 }
 
 /// Server mode: Firecracker's flags.

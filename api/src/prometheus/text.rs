@@ -64,11 +64,8 @@ impl Text {
     pub fn sample(&mut self, name: &str, suffix: &str, labels: &[Label], value: impl Display) {
         self.push(format_args!("{name}{suffix}"));
         for (index, (label, value)) in labels.iter().enumerate() {
-            let before = if index == 0 { '{' } else { ',' };
-            self.push(format_args!("{before}{label}=\""));
-            // What is shown here is written through the escaping.
-            let _ = write!(Escaped(&mut self.0), "{value}");
-            self.0.push('"');
+            self.0.push(if index == 0 { '{' } else { ',' });
+            push_label(&mut self.0, label, value);
         }
         let end = if labels.is_empty() { "" } else { "}" };
         self.push(format_args!("{end} {value}\n"));
@@ -89,6 +86,22 @@ impl Text {
     fn push(&mut self, what: fmt::Arguments) {
         let _ = self.0.write_fmt(what);
     }
+}
+
+/// `name="value"`, the value escaped.
+#[must_use]
+pub fn label(name: &str, value: &dyn Display) -> String {
+    let mut text = String::new();
+    push_label(&mut text, name, value);
+    text
+}
+
+fn push_label(text: &mut String, name: &str, value: &dyn Display) {
+    text.push_str(name);
+    text.push_str("=\"");
+    // Writing to a string does not fail.
+    let _ = write!(Escaped(text), "{value}");
+    text.push('"');
 }
 
 /// A label's value on its way into a text: backslash, quote and line feed are escaped.

@@ -228,7 +228,6 @@ mod tests {
     use std::path::Path;
     use std::sync::Arc;
 
-    use accounting::host::HostCpus;
     use vmm::RunState;
 
     use super::*;
@@ -246,11 +245,9 @@ mod tests {
             tcp: None,
         };
         let backend = Arc::new(Fake::new(RunState::Running));
-        let cpus = Arc::new(HostCpus::read().unwrap());
-        (
-            Server::spawn(listeners, backend, cpus, Limits::default(), || {}).unwrap(),
-            file,
-        )
+        let server = Server::spawn().unwrap();
+        server.open(listeners, backend, Limits::default(), || {}).unwrap();
+        (server, file)
     }
 
     /// The next answer of `socket`.

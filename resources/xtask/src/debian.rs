@@ -92,6 +92,11 @@ pub fn e2fsck_package(downloads: &Path) -> Result<PathBuf> {
     download(downloads, "e2fsck-static", || Ok("e2fsck-static".to_owned()))
 }
 
+/// The Debian package prometheus, in `downloads`.
+pub fn prometheus_package(downloads: &Path) -> Result<PathBuf> {
+    download(downloads, "prometheus", || Ok("prometheus".to_owned()))
+}
+
 /// Unpacks `package` into `to`, which is there afterwards only if all of it is.
 pub fn unpack(package: &Path, to: &Path) -> Result<()> {
     let partial = to.with_extension("partial");

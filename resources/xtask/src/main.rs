@@ -21,6 +21,7 @@ mod modules;
 mod openapi;
 mod process;
 mod progress;
+mod prometheus;
 mod quick_start;
 mod rootfs;
 mod setup;
@@ -48,10 +49,10 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Get what the others need: Debian packages, the kernel, the guest's initramfs, Firecracker's Python clients, a browser
+    /// Get what the others need: Debian packages, the kernel, the guest's initramfs, Firecracker's Python clients, a browser, Prometheus
     ///
-    /// As root, installs the packages that this machine lacks; else prints the line that does. The kernel and busybox are
-    /// only downloaded and unpacked. A second run touches no network.
+    /// As root, installs the packages that this machine lacks; else prints the line that does. The kernel, busybox and
+    /// Prometheus are only downloaded and unpacked. A second run touches no network.
     Setup,
     /// Make a Debian root file system for guests: systemd, a login on the serial console, sshd
     ///
@@ -130,6 +131,7 @@ fn run(task: Task) -> Result<u8> {
             println!("guest initramfs  {}", kit.initramfs.display());
             println!("Python clients   {}", clients.display());
             println!("browser          {}", chromium.display());
+            println!("Prometheus       {}", prometheus::unpack(&layout)?.display());
             Ok(DONE)
         }
         Task::Rootfs => {

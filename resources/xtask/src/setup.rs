@@ -33,8 +33,7 @@ pub struct Kit {
 /// Makes what is not there yet. Touches the network the first time only.
 pub fn setup(layout: &Layout) -> Result<Kit> {
     let kept = layout.kept();
-    let downloads = kept.join("downloads");
-    fs::create_dir_all(&downloads).with_context(|| format!("cannot make {}", downloads.display()))?;
+    let downloads = downloads(layout)?;
     let _lock = lock(&kept)?;
     let kernel = unpacked(&kept, "kernel", || debian::kernel_package(&downloads))?;
     let busybox = unpacked(&kept, "busybox", || debian::busybox_package(&downloads))?.join("bin/busybox");
@@ -65,6 +64,13 @@ pub fn setup(layout: &Layout) -> Result<Kit> {
         e2fsck,
         initramfs,
     })
+}
+
+/// Where downloads are kept.
+pub fn downloads(layout: &Layout) -> Result<PathBuf> {
+    let downloads = layout.kept().join("downloads");
+    fs::create_dir_all(&downloads).with_context(|| format!("cannot make {}", downloads.display()))?;
+    Ok(downloads)
 }
 
 /// Locks `kept`: two of us at a time would write to the same temporary names. The lock goes with the file, however we end.
@@ -113,7 +119,8 @@ fn guest_initramfs(init: &[u8], busybox: &[u8], modules: &Path) -> Result<Vec<u8
     Ok(archive.finish()?)
 }
 
-fn unpacked(kept: &Path, name: &str, package: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
+/// The package `name`, unpacked in `kept`.
+pub fn unpacked(kept: &Path, name: &str, package: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
     let dir = kept.join(name);
     if !dir.exists() {
         let package = package()?;

@@ -19,7 +19,7 @@ use crate::build::{self, TestProgram};
 use crate::layout::Layout;
 use crate::libtest::{Parser, Tally};
 use crate::process::follow;
-use crate::{bed, chromium, clients, debian, rootfs, setup};
+use crate::{bed, chromium, clients, debian, prometheus, rootfs, setup};
 
 /// Where tests run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -67,8 +67,15 @@ pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<
     // What needs the guest, or QEMU, says so where it lacks: the other tests need neither.
     let kit = debian::install_missing().and_then(|()| setup::setup(layout));
     let on_kvm = only.is_none_or(|only| only == Bed::Kvm);
-    let clients = on_kvm.then(|| clients::install(layout));
-    let chromium = on_kvm.then(chromium::install);
+    let installed = if on_kvm {
+        vec![
+            ("CHRONOVISOR_CLIENTS", clients::install(layout)),
+            ("CHRONOVISOR_CHROMIUM", chromium::install()),
+            ("CHRONOVISOR_PROMETHEUS", prometheus::unpack(layout)),
+        ]
+    } else {
+        Vec::new()
+    };
     let built = build::everything(layout)?;
     let mut tallies = Vec::new();
     for bed in BEDS.into_iter().filter(|&bed| only.is_none_or(|only| only == bed)) {
@@ -78,8 +85,7 @@ pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<
             layout,
             chronovisor: &built.chronovisor,
             programs: &programs,
-            clients: clients.as_ref(),
-            chromium: chromium.as_ref(),
+            installed: &installed,
             filter,
         };
         let tally = match bed {
@@ -130,10 +136,8 @@ struct Run<'a> {
     layout: &'a Layout,
     chronovisor: &'a Path,
     programs: &'a [&'a TestProgram],
-    /// The environments of Firecracker's clients, where the bed has tests of them.
-    clients: Option<&'a Result<PathBuf>>,
-    /// Likewise the browser.
-    chromium: Option<&'a Result<PathBuf>>,
+    /// What tests drive and this project does not build: the variable that says where it is, and where, or why it is not.
+    installed: &'a [(&'static str, Result<PathBuf>)],
     filter: Option<&'a str>,
 }
 
@@ -294,15 +298,11 @@ impl Run<'_> {
             .current_dir(&program.package)
             .env("CARGO_MANIFEST_DIR", &program.package);
         command.env("CHRONOVISOR_BED", self.layout.bed()).stdin(Stdio::null());
-        for (made, there, lacks) in [
-            (self.clients, "CHRONOVISOR_CLIENTS", "CHRONOVISOR_CLIENTS_LACK"),
-            (self.chromium, "CHRONOVISOR_CHROMIUM", "CHRONOVISOR_CHROMIUM_LACKS"),
-        ] {
-            match made {
-                Some(Ok(path)) => command.env(there, path),
+        for (name, path) in self.installed {
+            match path {
+                Ok(path) => command.env(name, path),
                 // For the one line that says what was skipped.
-                Some(Err(error)) => command.env(lacks, format!("{error:#}").replace('\n', " ")),
-                None => &mut command,
+                Err(error) => command.env(format!("{name}_LACK"), format!("{error:#}").replace('\n', " ")),
             };
         }
         command
