@@ -266,6 +266,42 @@ impl Program {
         Self { code, ring: 3 }
     }
 
+    /// Asks CPUID for `leaf` and `subleaf`, writes EAX, EBX, ECX and EDX to the serial port in hexadecimal, and resets the machine. As
+    /// a kernel.
+    #[must_use]
+    pub fn cpuid(leaf: u32, subleaf: u32) -> Self {
+        let mut code = vec![0xb8]; //                    mov    $leaf, %eax
+        code.extend(leaf.to_le_bytes());
+        code.push(0xb9); //                              mov    $subleaf, %ecx
+        code.extend(subleaf.to_le_bytes());
+        code.extend([
+            0x0f, 0xa2, //                               cpuid
+            0x41, 0x89, 0xc0, //                         mov    %eax, %r8d
+            0x41, 0x89, 0xd9, //                         mov    %ebx, %r9d
+            0x41, 0x89, 0xca, //                         mov    %ecx, %r10d
+            0x41, 0x89, 0xd3, //                         mov    %edx, %r11d
+        ]);
+        code.extend(tell_and_reset());
+        Self { code, ring: 0 }
+    }
+
+    /// Reads model-specific register `msr`, writes it to the serial port in 32 hexadecimal digits, and resets the machine. As a
+    /// kernel.
+    #[must_use]
+    pub fn rdmsr(msr: u32) -> Self {
+        let mut code = vec![0xb9]; //                    mov    $msr, %ecx
+        code.extend(msr.to_le_bytes());
+        code.extend([
+            0x0f, 0x32, //                               rdmsr
+            0x45, 0x31, 0xc0, //                         xor    %r8d, %r8d
+            0x45, 0x31, 0xc9, //                         xor    %r9d, %r9d
+            0x41, 0x89, 0xd2, //                         mov    %edx, %r10d
+            0x41, 0x89, 0xc3, //                         mov    %eax, %r11d
+        ]);
+        code.extend(tell_and_reset());
+        Self { code, ring: 0 }
+    }
+
     /// Faults, with nothing there to handle it.
     #[must_use]
     pub fn triple_fault() -> Self {
@@ -274,4 +310,36 @@ impl Program {
         ];
         Self { code, ring: 3 }
     }
+}
+
+/// Writes %r8d to %r11d to the serial port, 8 digits each, and a newline, and resets the machine.
+fn tell_and_reset() -> Vec<u8> {
+    let mut code = vec![0x66, 0xba, 0xf8, 0x03]; //      mov    $COM1, %dx
+    // %r8d to %r11d differ in three bits of `mov`.
+    for register in [0xc3, 0xcb, 0xd3, 0xdb] {
+        code.extend([
+            0x44, 0x89, register, //                     mov    %r8d, %ebx
+            0xb9, 0x08, 0x00, 0x00, 0x00, //             mov    $8, %ecx
+            // digit:
+            0xc1, 0xc3, 0x04, //                         rol    $4, %ebx
+            0x88, 0xd8, //                               mov    %bl, %al
+            0x24, 0x0f, //                               and    $0xf, %al
+            0x04, 0x30, //                               add    $'0', %al
+            0x3c, 0x39, //                               cmp    $'9', %al
+            0x76, 0x02, //                               jbe    tell
+            0x04, 0x27, //                               add    $'a' - '9' - 1, %al
+            // tell:
+            0xee, //                                     out    %al, %dx
+            0xff, 0xc9, //                               dec    %ecx
+            0x75, 0xec, //                               jnz    digit
+        ]);
+    }
+    code.extend([
+        0xb0, b'\n', //                                  mov    $'\n', %al
+        0xee,  //                                         out    %al, %dx
+        0xb0, 0xfe, //                                   mov    $0xfe, %al
+        0xe6, 0x64, //                                   out    %al, $0x64
+        0xeb, 0xfe, //                                   jmp    .
+    ]);
+    code
 }
