@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 /// Ends the calling test, in one line that `cargo xtask test` counts, unless its bed is here.
 ///
-/// `require_bed!(kvm)` wants a `/dev/kvm` that opens; `require_bed!(nohz_full)` wants a host with a tickless CPU.
+/// `require_bed!(kvm)` wants a `/dev/kvm` that opens; `require_bed!(nohz_full)` wants a host with a tickless CPU;
+/// `require_bed!(milan)` wants one whose CPU is AMD's Milan.
 #[macro_export]
 macro_rules! require_bed {
     ($bed:ident) => {
@@ -43,6 +44,23 @@ pub fn nohz_full() -> Result<(), String> {
         Ok(_) => Err("no CPU is nohz_full".into()),
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// Whether this host's CPU is AMD's Milan, and it has a `/dev/kvm`.
+///
+/// # Errors
+/// Why not.
+pub fn milan() -> Result<(), String> {
+    kvm()?;
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").map_err(|error| format!("/proc/cpuinfo: {error}"))?;
+    let is = |name: &str, value: &str| {
+        let mut fields = cpuinfo.lines().filter_map(|line| line.split_once(':'));
+        fields.any(|(field, found)| field.trim() == name && found.trim() == value)
+    };
+    if is("vendor_id", "AuthenticAMD") && is("cpu family", "25") && is("model", "1") {
+        return Ok(());
+    }
+    Err("this host's CPU is no Milan of AMD's".into())
 }
 
 /// A file of the bed by name: `chronovisor`, `vmlinux`, `bzImage`, `guest.cpio`.

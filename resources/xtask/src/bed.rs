@@ -31,6 +31,28 @@ const COMMAND_LINE: &str =
 /// KVM; the disk with the guest's root file system; taps. Each with what it depends on; what this kernel has built in is left out.
 const MODULES: [&str; 4] = ["kvm_amd", "virtio_pci", "virtio_blk", "tun"];
 
+/// The host's processor, for CPU templates to be judged by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Cpu {
+    /// AMD's, and of no template's models.
+    Any,
+    /// AMD's Milan by its family and model, with what the emulator has of that which T2A takes away.
+    Milan,
+}
+
+impl Cpu {
+    /// As QEMU's `-cpu` has it.
+    const fn model(self) -> &'static str {
+        match self {
+            Self::Any => "qemu64,+svm,+npt,+fsgsbase,+rdtscp",
+            Self::Milan => {
+                "qemu64,+svm,+npt,+fsgsbase,+rdtscp,family=25,model=1,stepping=1,+ssse3,+sse4.1,+sse4.2,+popcnt,+abm,+bmi1,\
+                 +bmi2,+adx,+clflushopt,+clwb,+umip,+sse4a,+pdpe1gb"
+            }
+        }
+    }
+}
+
 /// It takes 5 to 10 s on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// How many of the console's last lines a failure shows.
@@ -44,6 +66,8 @@ pub struct Job<'a> {
     pub chronovisor: &'a Path,
     /// Executables to go with it: path in the host, path here.
     pub programs: Vec<(String, PathBuf)>,
+    /// Its processor.
+    pub cpu: Cpu,
     /// A disk image, `/dev/vda` in the host: what is written to it goes with the host.
     pub disk: Option<PathBuf>,
     /// The whole run is given up after this.
@@ -65,7 +89,7 @@ pub fn run(layout: &Layout, kit: &Kit, job: &Job, mut on_line: impl FnMut(&str))
     let mut console = memory_file("console")?;
     let started = Instant::now();
     let mut qemu = Qemu(
-        qemu(kit, &initramfs, job.disk.as_deref())
+        qemu(kit, &initramfs, job.cpu, job.disk.as_deref())
             .args(["-display", "none", "-chardev"])
             .arg(format!("file,id=console,path={}", path_of(&console)))
             .args(["-serial", "chardev:console", "-serial", "stdio"])
@@ -136,10 +160,11 @@ pub fn shell(
     kit: &Kit,
     chronovisor: &Path,
     programs: &[(String, PathBuf)],
+    cpu: Cpu,
     disk: Option<&Path>,
 ) -> Result<()> {
     let initramfs = initramfs(layout, kit, chronovisor, programs, None)?;
-    let status = qemu(kit, &initramfs, disk)
+    let status = qemu(kit, &initramfs, cpu, disk)
         .args(["-nographic", "-serial", "mon:stdio"])
         .status();
     let status = status.context("cannot run qemu-system-x86_64")?;
@@ -148,7 +173,7 @@ pub fn shell(
 }
 
 /// QEMU without its serial ports.
-fn qemu(kit: &Kit, initramfs: &File, disk: Option<&Path>) -> Command {
+fn qemu(kit: &Kit, initramfs: &File, cpu: Cpu, disk: Option<&Path>) -> Command {
     let mut command = bound_to_us("KILL", "qemu-system-x86_64");
     command.args([
         "-nodefaults",
@@ -159,7 +184,7 @@ fn qemu(kit: &Kit, initramfs: &File, disk: Option<&Path>) -> Command {
         "-accel",
         "tcg,thread=multi",
     ]);
-    command.args(["-cpu", "qemu64,+svm,+npt,+fsgsbase,+rdtscp"]);
+    command.args(["-cpu", cpu.model()]);
     command.args(["-smp", CPUS, "-m", MEMORY_MIB, "-append", COMMAND_LINE]);
     command
         .arg("-kernel")

@@ -174,6 +174,7 @@ fn job<'a>(programs: &'a Benches, what: &str) -> bed::Job<'a> {
             program("bench_vm", &programs.bench_vm),
             program("floor", &programs.floor),
         ],
+        cpu: bed::Cpu::Any,
         disk: None,
         limit: EMULATED_LIMIT,
     }

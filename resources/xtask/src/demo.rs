@@ -47,6 +47,7 @@ pub fn demo(layout: &Layout) -> Result<()> {
                 script,
                 chronovisor: &chronovisor,
                 programs: Vec::new(),
+                cpu: bed::Cpu::Any,
                 disk: None,
                 limit: LIMIT,
             };

@@ -17,6 +17,9 @@ pub struct Host {
     /// Shell commands to run there
     #[arg(short = 'c', value_name = "COMMANDS", conflicts_with = "script")]
     commands: Option<String>,
+    /// The host's processor
+    #[arg(long, default_value = "any")]
+    cpu: bed::Cpu,
     /// File to put into /bed, under its own name; may be given more than once
     #[arg(long, value_name = "FILE")]
     with: Vec<PathBuf>,
@@ -48,13 +51,14 @@ impl Host {
         // Where it was made, it is there.
         let disk = Some(layout.kept().join("rootfs.ext4")).filter(|image| image.exists());
         let Some(script) = script else {
-            bed::shell(layout, &kit, &built.chronovisor, &programs, disk.as_deref())?;
+            bed::shell(layout, &kit, &built.chronovisor, &programs, self.cpu, disk.as_deref())?;
             return Ok(0);
         };
         let job = bed::Job {
             script,
             chronovisor: &built.chronovisor,
             programs,
+            cpu: self.cpu,
             // Whoever runs a script is there to stop it.
             disk,
             limit: Duration::MAX,

@@ -4,6 +4,8 @@
 //!   loom model checker runs.
 //! * `kvm`: tests/tests/kvm_*.rs, flat guests on this machine's /dev/kvm.
 //! * `nohz-full`: tests/tests/nohz_full_*.rs inside the emulated host, and kvm_*.rs there once more, on a real kvm-amd.
+//! * `milan`: tests/tests/milan_*.rs inside the emulated host, whose processor is then AMD's Milan, which a CPU template is for;
+//!   and kvm_cpu.rs there once more.
 //!
 //! A test that finds its bed lacking prints `SKIPPED bed: test: why` and returns; a bed that is lacking altogether skips its
 //! tests by name. Neither counts as passed.
@@ -30,9 +32,11 @@ pub enum Bed {
     Kvm,
     /// The emulated host with tickless CPUs.
     NohzFull,
+    /// The same as a Milan.
+    Milan,
 }
 
-const BEDS: [Bed; 3] = [Bed::Anywhere, Bed::Kvm, Bed::NohzFull];
+const BEDS: [Bed; 4] = [Bed::Anywhere, Bed::Kvm, Bed::NohzFull, Bed::Milan];
 
 /// One at a time, for they measure time; and the output of those that pass, for they may say that they were skipped.
 const HARNESS: [&str; 2] = ["--test-threads=1", "--show-output"];
@@ -48,16 +52,18 @@ impl Bed {
             Self::Anywhere => "anywhere",
             Self::Kvm => "kvm",
             Self::NohzFull => "nohz-full",
+            Self::Milan => "milan",
         }
     }
 
     fn has(self, program: &TestProgram) -> bool {
         let suite = program.suite.as_deref().unwrap_or_default();
-        let (kvm, nohz_full) = (suite.starts_with("kvm_"), suite.starts_with("nohz_full_"));
+        let [kvm, nohz_full, milan] = ["kvm_", "nohz_full_", "milan_"].map(|bed| suite.starts_with(bed));
         match self {
-            Self::Anywhere => !kvm && !nohz_full,
+            Self::Anywhere => !kvm && !nohz_full && !milan,
             Self::Kvm => kvm,
             Self::NohzFull => kvm || nohz_full,
+            Self::Milan => milan || suite == "kvm_cpu",
         }
     }
 }
@@ -94,8 +100,8 @@ pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<
                 Ok(_) => run.here()?,
                 Err(error) => run.skip_all(&format!("cannot open /dev/kvm: {error}"))?,
             },
-            Bed::NohzFull => match &kit {
-                Ok(kit) => run.in_emulated_host(kit)?,
+            Bed::NohzFull | Bed::Milan => match &kit {
+                Ok(kit) => run.in_emulated_host(kit, bed)?,
                 Err(error) => run.skip_all(&format!("{error:#}"))?,
             },
         };
@@ -208,7 +214,7 @@ impl Run<'_> {
         Ok(names.map(str::to_owned).collect())
     }
 
-    fn in_emulated_host(&self, kit: &setup::Kit) -> Result<Tally> {
+    fn in_emulated_host(&self, kit: &setup::Kit, bed: Bed) -> Result<Tally> {
         if self.programs.is_empty() {
             return Ok(Tally::default());
         }
@@ -233,14 +239,18 @@ impl Run<'_> {
                 .iter()
                 .map(|program| (path(program), program.executable.clone()))
                 .collect(),
-            disk: match rootfs::make(self.layout, kit) {
-                Ok(image) => Some(image),
-                Err(error) => {
-                    // The tests that want it say so, one by one.
-                    println!("no root file system: {error:#}");
-                    None
-                }
+            cpu: if bed == Bed::Milan {
+                bed::Cpu::Milan
+            } else {
+                bed::Cpu::Any
             },
+            disk: (bed == Bed::NohzFull)
+                .then(|| rootfs::make(self.layout, kit))
+                .and_then(|made| {
+                    // The tests that want it say so, one by one.
+                    made.inspect_err(|error| println!("no root file system: {error:#}"))
+                        .ok()
+                }),
             limit: NOHZ_FULL_LIMIT,
         };
         let mut tally = Tally::default();

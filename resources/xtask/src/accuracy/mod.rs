@@ -35,6 +35,7 @@ pub fn accuracy(layout: &Layout) -> Result<()> {
         script: "/tests/accuracy".to_owned(),
         chronovisor: &chronovisor,
         programs: vec![("tests/accuracy".to_owned(), program.clone())],
+        cpu: bed::Cpu::Any,
         disk: None,
         limit: LIMIT,
     };

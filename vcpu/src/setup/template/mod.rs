@@ -261,7 +261,7 @@ impl Template {
         if !lacking.is_empty() {
             let lacking = lacking.join(", ");
             warnings.push(format!(
-                "cpu_template {self:?}: this host's KVM offers no {lacking}, which other hosts' may"
+                "cpu_template {self:?}: of the template's features this host's KVM lacks {lacking}; its guests on other hosts may have them"
             ));
         }
         if self == Self::C3 && host.version.is_skylake() {

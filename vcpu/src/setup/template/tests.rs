@@ -144,7 +144,8 @@ fn a_host_gets_nothing_that_it_has_not_and_what_it_lacks_is_told() {
         let [warning] = &warnings[..] else {
             panic!("{warnings:?}")
         };
-        let start = format!("cpu_template {template:?}: this host's KVM offers no SSE3, PCLMULQDQ, ");
+        let start =
+            format!("cpu_template {template:?}: of the template's features this host's KVM lacks SSE3, PCLMULQDQ, ");
         assert!(warning.starts_with(&start), "{warning}");
         assert_eq!(warning.contains("AVX2"), template != Template::C3, "{warning}");
         assert!(
