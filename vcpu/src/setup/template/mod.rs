@@ -2,14 +2,15 @@
 //!
 //! | template | for hosts | the guest's processor | what is said of attacks |
 //! |---|---|---|---|
-//! | C3 | Intel's Skylake and later | Ivy Bridge, as of Amazon's C3 | by KVM, of this host |
-//! | T2 | Intel's Skylake and later | Haswell, as of Amazon's T2 | by KVM, of this host |
+//! | C3 | Intel's Skylake to Sapphire Rapids | Ivy Bridge, as of Amazon's C3 | by KVM, of this host |
+//! | T2 | Intel's Skylake to Sapphire Rapids | Haswell, as of Amazon's T2 | by KVM, of this host |
 //! | T2S | Skylake and Cascade Lake | likewise | what holds on both |
-//! | T2CL | Cascade Lake and later | likewise | of this host |
+//! | T2CL | Cascade Lake to Sapphire Rapids | likewise | of this host |
 //! | T2A | AMD's Milan | AMD's own, with T2's features | by KVM, of this host |
 //!
 //! A template is a list of features (`spec.rs`), and its guest is shown those of them that KVM offers: what is not on the list is
-//! taken away, so a host that is newer than the list shows nothing more. Nothing is promised that the host does not have; what of
+//! taken away, so a host that is newer than the list shows nothing more (Firecracker, which names what it takes away, stops at Ice
+//! Lake). Nothing is promised that the host does not have; what of
 //! the list it lacks is told as a warning. T2, T2S, T2CL and T2A have one list: programs choose the same instructions on all.
 //!
 //! A kernel chooses its mitigations by vendor, family and model too. The Intel templates show Haswell's or Ivy Bridge's, as Amazon's
@@ -97,14 +98,14 @@ impl Version {
 
     fn of(eax: u32) -> Self {
         let family = eax >> 8 & 0xf;
+        let extended = if matches!(family, 0x6 | 0xf) {
+            eax >> 12 & 0xf0
+        } else {
+            0
+        };
         Self {
             family: family + if family == 0xf { eax >> 20 & 0xff } else { 0 },
-            model: eax >> 4 & 0xf
-                | if matches!(family, 0x6 | 0xf) {
-                    eax >> 12 & 0xf0
-                } else {
-                    0
-                },
+            model: eax >> 4 & 0xf | extended,
             stepping: eax & 0xf,
         }
     }

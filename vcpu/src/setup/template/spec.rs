@@ -4,7 +4,7 @@
 //! Intel's "CPUID Enumeration and Architectural MSRs" for IA32_ARCH_CAPABILITIES. Which processor has which: Linux's and QEMU's
 //! descriptions of Ivy Bridge and Haswell servers agree with Intel's.
 
-use super::super::custom::Register;
+use super::super::custom::Register::{self, Eax, Ebx, Ecx, Edx};
 use Since::{Beyond, Haswell, IvyBridge};
 
 /// From which of the templates' processors on a feature is there.
@@ -35,12 +35,18 @@ pub(super) struct Feature {
     pub(super) since: Since,
 }
 
-const fn word(leaf: u32, subleaf: u32, register: Register, features: &'static [Feature]) -> Word {
+const fn at(leaf: u32, subleaf: u32, register: Register) -> Word {
     Word {
         leaf,
         subleaf,
         register,
-        features,
+        features: &[],
+    }
+}
+
+impl Word {
+    const fn of(self, features: &'static [Feature]) -> Self {
+        Self { features, ..self }
     }
 }
 
@@ -66,160 +72,126 @@ impl Feature {
 
 /// Every word that features are in which programs choose instructions by.
 pub(super) const WORDS: [Word; 14] = [
-    word(
-        0x1,
-        0,
-        Register::Ecx,
-        &[
-            has(0, "SSE3", IvyBridge),
-            has(1, "PCLMULQDQ", IvyBridge),
-            has(9, "SSSE3", IvyBridge),
-            has(12, "FMA", Haswell),
-            has(13, "CMPXCHG16B", IvyBridge),
-            has(17, "PCID", IvyBridge),
-            has(19, "SSE4.1", IvyBridge),
-            has(20, "SSE4.2", IvyBridge),
-            has(21, "x2APIC", IvyBridge),
-            has(22, "MOVBE", Haswell),
-            has(23, "POPCNT", IvyBridge),
-            has(24, "TSC-Deadline", IvyBridge),
-            has(25, "AES", IvyBridge),
-            has(26, "XSAVE", IvyBridge),
-            has(28, "AVX", IvyBridge),
-            has(29, "F16C", IvyBridge),
-            has(30, "RDRAND", IvyBridge),
-            // CR4's, which KVM keeps up to date; and that there is a hypervisor.
-            has(27, "OSXSAVE", Beyond),
-            has(31, "hypervisor", Beyond),
-        ],
-    ),
-    word(0x1, 0, Register::Edx, &LEAF1_EDX),
-    word(
-        0x7,
-        0,
-        Register::Ebx,
-        &[
-            has(0, "FSGSBASE", IvyBridge),
-            has(1, "IA32_TSC_ADJUST", Haswell),
-            has(3, "BMI1", Haswell),
-            has(5, "AVX2", Haswell),
-            has(7, "SMEP", IvyBridge),
-            has(8, "BMI2", Haswell),
-            has(9, "ERMS", IvyBridge),
-            has(10, "INVPCID", Haswell),
-            has(6, "FDP_EXCPTN_ONLY", Beyond),
-            has(13, "no FPU CS and DS", Beyond),
-            // Of all hosts that the templates are for, and for kernels only.
-            has(20, "SMAP", Beyond),
-        ],
-    ),
+    at(0x1, 0, Ecx).of(&[
+        has(0, "SSE3", IvyBridge),
+        has(1, "PCLMULQDQ", IvyBridge),
+        has(9, "SSSE3", IvyBridge),
+        has(12, "FMA", Haswell),
+        has(13, "CMPXCHG16B", IvyBridge),
+        has(17, "PCID", IvyBridge),
+        has(19, "SSE4.1", IvyBridge),
+        has(20, "SSE4.2", IvyBridge),
+        has(21, "x2APIC", IvyBridge),
+        has(22, "MOVBE", Haswell),
+        has(23, "POPCNT", IvyBridge),
+        has(24, "TSC-Deadline", IvyBridge),
+        has(25, "AES", IvyBridge),
+        has(26, "XSAVE", IvyBridge),
+        has(28, "AVX", IvyBridge),
+        has(29, "F16C", IvyBridge),
+        has(30, "RDRAND", IvyBridge),
+        // CR4's, which KVM keeps up to date; and that there is a hypervisor.
+        has(27, "OSXSAVE", Beyond),
+        has(31, "hypervisor", Beyond),
+    ]),
+    at(0x1, 0, Edx).of(&[
+        has(0, "FPU", IvyBridge),
+        has(1, "VME", IvyBridge),
+        has(2, "DE", IvyBridge),
+        has(3, "PSE", IvyBridge),
+        has(4, "TSC", IvyBridge),
+        has(5, "MSR", IvyBridge),
+        has(6, "PAE", IvyBridge),
+        has(7, "MCE", IvyBridge),
+        has(8, "CX8", IvyBridge),
+        has(9, "APIC", IvyBridge),
+        has(11, "SEP", IvyBridge),
+        has(12, "MTRR", IvyBridge),
+        has(13, "PGE", IvyBridge),
+        has(14, "MCA", IvyBridge),
+        has(15, "CMOV", IvyBridge),
+        has(16, "PAT", IvyBridge),
+        has(17, "PSE-36", IvyBridge),
+        has(19, "CLFSH", IvyBridge),
+        has(23, "MMX", IvyBridge),
+        has(24, "FXSR", IvyBridge),
+        has(25, "SSE", IvyBridge),
+        has(26, "SSE2", IvyBridge),
+        // How many processors there are.
+        has(28, "HTT", Beyond),
+    ]),
+    at(0x7, 0, Ebx).of(&[
+        has(0, "FSGSBASE", IvyBridge),
+        has(1, "IA32_TSC_ADJUST", Haswell),
+        has(3, "BMI1", Haswell),
+        has(5, "AVX2", Haswell),
+        has(7, "SMEP", IvyBridge),
+        has(8, "BMI2", Haswell),
+        has(9, "ERMS", IvyBridge),
+        has(10, "INVPCID", Haswell),
+        has(6, "FDP_EXCPTN_ONLY", Beyond),
+        has(13, "no FPU CS and DS", Beyond),
+        // Of all hosts that the templates are for, and for kernels only.
+        has(20, "SMAP", Beyond),
+    ]),
     // AVX-512's and newer instructions; PKU and UMIP, which not all hosts have.
-    word(0x7, 0, Register::Ecx, &[]),
-    word(
-        0x7,
-        0,
-        Register::Edx,
-        &[
-            has(10, "MD_CLEAR", Beyond),
-            has(26, "IBRS and IBPB", Beyond),
-            has(27, "STIBP", Beyond),
-            has(28, "L1D_FLUSH", Beyond),
-            has(29, "IA32_ARCH_CAPABILITIES", Beyond),
-            has(31, "SSBD", Beyond),
-        ],
-    ),
-    word(0x7, 1, Register::Eax, &[]),
-    word(0x7, 1, Register::Ebx, &[]),
-    word(0x7, 1, Register::Edx, &[]),
+    at(0x7, 0, Ecx),
+    at(0x7, 0, Edx).of(&[
+        has(10, "MD_CLEAR", Beyond),
+        has(26, "IBRS and IBPB", Beyond),
+        has(27, "STIBP", Beyond),
+        has(28, "L1D_FLUSH", Beyond),
+        has(29, "IA32_ARCH_CAPABILITIES", Beyond),
+        has(31, "SSBD", Beyond),
+    ]),
+    at(0x7, 1, Eax),
+    at(0x7, 1, Ebx),
+    at(0x7, 1, Edx),
     // What XSAVE saves: KVM lets the guest enable no more.
-    word(
-        0xd,
-        0,
-        Register::Eax,
-        &[
-            has(0, "x87 state", IvyBridge),
-            has(1, "SSE state", IvyBridge),
-            has(2, "AVX state", IvyBridge),
-        ],
-    ),
-    word(0xd, 1, Register::Eax, &[has(0, "XSAVEOPT", IvyBridge)]),
-    word(0xd, 1, Register::Ecx, &[]),
-    word(
-        0x8000_0001,
-        0,
-        Register::Ecx,
-        &[
-            has(0, "LAHF", IvyBridge),
-            has(5, "LZCNT", Haswell),
-            // AMD's: how processors are numbered, CR8 outside of long mode, and which errata the operating system works around.
-            has(1, "CmpLegacy", Beyond),
-            has(4, "AltMovCr8", Beyond),
-            has(9, "OSVW", Beyond),
-            has(22, "TopologyExtensions", Beyond),
-        ],
-    ),
-    word(0x8000_0001, 0, Register::Edx, &EXTENDED_EDX),
-    word(
-        0x8000_0008,
-        0,
-        Register::Ebx,
-        &[
-            // AMD's, and KVM's on Intel's too.
-            has(2, "RstrFpErrPtrs", Beyond),
-            has(12, "IBPB", Beyond),
-            has(14, "IBRS", Beyond),
-            has(15, "STIBP", Beyond),
-            has(16, "IbrsAlwaysOn", Beyond),
-            has(17, "StibpAlwaysOn", Beyond),
-            has(18, "IbrsPreferred", Beyond),
-            has(19, "IbrsSameMode", Beyond),
-            has(20, "EferLmsleUnsupported", Beyond),
-            has(24, "SSBD", Beyond),
-            has(25, "SsbdVirtSpecCtrl", Beyond),
-            has(26, "SsbdNotRequired", Beyond),
-            has(28, "PSFD", Beyond),
-            has(29, "BTC_NO", Beyond),
-            has(30, "IBPB_RET", Beyond),
-        ],
-    ),
-];
-
-const LEAF1_EDX: [Feature; 23] = [
-    has(0, "FPU", IvyBridge),
-    has(1, "VME", IvyBridge),
-    has(2, "DE", IvyBridge),
-    has(3, "PSE", IvyBridge),
-    has(4, "TSC", IvyBridge),
-    has(5, "MSR", IvyBridge),
-    has(6, "PAE", IvyBridge),
-    has(7, "MCE", IvyBridge),
-    has(8, "CX8", IvyBridge),
-    has(9, "APIC", IvyBridge),
-    has(11, "SEP", IvyBridge),
-    has(12, "MTRR", IvyBridge),
-    has(13, "PGE", IvyBridge),
-    has(14, "MCA", IvyBridge),
-    has(15, "CMOV", IvyBridge),
-    has(16, "PAT", IvyBridge),
-    has(17, "PSE-36", IvyBridge),
-    has(19, "CLFSH", IvyBridge),
-    has(23, "MMX", IvyBridge),
-    has(24, "FXSR", IvyBridge),
-    has(25, "SSE", IvyBridge),
-    has(26, "SSE2", IvyBridge),
-    // How many processors there are.
-    has(28, "HTT", Beyond),
-];
-
-const EXTENDED_EDX: [Feature; 7] = [
-    has(11, "SYSCALL", IvyBridge),
-    has(20, "NX", IvyBridge),
-    has(27, "RDTSCP", IvyBridge),
-    has(29, "LM", IvyBridge),
-    // AMD has some of leaf 1's here once more.
-    run(0, 9, "FPU to APIC", Beyond),
-    run(12, 17, "MTRR to PSE-36", Beyond),
-    run(23, 24, "MMX and FXSR", Beyond),
+    at(0xd, 0, Eax).of(&[
+        has(0, "x87 state", IvyBridge),
+        has(1, "SSE state", IvyBridge),
+        has(2, "AVX state", IvyBridge),
+    ]),
+    at(0xd, 1, Eax).of(&[has(0, "XSAVEOPT", IvyBridge)]),
+    at(0xd, 1, Ecx),
+    at(0x8000_0001, 0, Ecx).of(&[
+        has(0, "LAHF", IvyBridge),
+        has(5, "LZCNT", Haswell),
+        // AMD's: how processors are numbered, CR8 outside of long mode, and which errata the operating system works around.
+        has(1, "CmpLegacy", Beyond),
+        has(4, "AltMovCr8", Beyond),
+        has(9, "OSVW", Beyond),
+        has(22, "TopologyExtensions", Beyond),
+    ]),
+    at(0x8000_0001, 0, Edx).of(&[
+        has(11, "SYSCALL", IvyBridge),
+        has(20, "NX", IvyBridge),
+        has(27, "RDTSCP", IvyBridge),
+        has(29, "LM", IvyBridge),
+        // AMD has some of leaf 1's here once more.
+        run(0, 9, "FPU to APIC", Beyond),
+        run(12, 17, "MTRR to PSE-36", Beyond),
+        run(23, 24, "MMX and FXSR", Beyond),
+    ]),
+    at(0x8000_0008, 0, Ebx).of(&[
+        // AMD's, and KVM's on Intel's too.
+        has(2, "RstrFpErrPtrs", Beyond),
+        has(12, "IBPB", Beyond),
+        has(14, "IBRS", Beyond),
+        has(15, "STIBP", Beyond),
+        has(16, "IbrsAlwaysOn", Beyond),
+        has(17, "StibpAlwaysOn", Beyond),
+        has(18, "IbrsPreferred", Beyond),
+        has(19, "IbrsSameMode", Beyond),
+        has(20, "EferLmsleUnsupported", Beyond),
+        has(24, "SSBD", Beyond),
+        has(25, "SsbdVirtSpecCtrl", Beyond),
+        has(26, "SsbdNotRequired", Beyond),
+        has(28, "PSFD", Beyond),
+        has(29, "BTC_NO", Beyond),
+        has(30, "IBPB_RET", Beyond),
+    ]),
 ];
 
 /// IA32_ARCH_CAPABILITIES: to which attacks an Intel processor is open. KVM shows a vCPU what it knows of the host's.
