@@ -2,7 +2,8 @@
 //!
 //! Each case is made from its number alone, by dice. The driver sets its device up, mostly as it should; writes descriptors,
 //! indirect tables and rings of its own, with chains that run in circles, lengths beyond 4 GiB, addresses outside of memory, or in
-//! the rings themselves, and indices that run away; and then notifies, changes what it wrote, and writes to any register, in turns.
+//! the rings themselves, and indices that run away; and then notifies, changes what it wrote, and writes to any register, in turns
+//! with whoever else has to do with the device ([`World`]): clients of its socket, requests of the API.
 //!
 //! What has to hold, counted in events and not by a clock:
 //!
@@ -33,6 +34,41 @@ const MEMORY_END: u64 = (MEMORY_MIB as u64) << 20;
 /// chains unless it is the last.
 const REST: usize = 5 * (256 / 4 + 1);
 
+/// Where devices come from, and who else has to do with them.
+pub trait World {
+    /// Another device.
+    fn make(&mut self) -> Shared;
+
+    /// What others than its driver do with the device made last, between two steps of the driver's.
+    fn meanwhile(&mut self, _dice: &mut Dice) {}
+
+    /// What the driver tells it in a buffer, if not any numbers.
+    fn says(&mut self, _dice: &mut Dice) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// What a queue's buffers are, where one of another kind is only ever the end of it.
+    fn buffers(&self, _queue: usize) -> Option<Shape> {
+        None
+    }
+}
+
+/// A kind of buffers.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// For the device to write.
+    pub writable: bool,
+    /// So long, or longer.
+    pub least: u32,
+}
+
+/// Of a device that nobody else has to do with.
+impl<F: FnMut() -> Shared> World for F {
+    fn make(&mut self) -> Shared {
+        self()
+    }
+}
+
 /// Numbers that depend on the seed only: splitmix64 (Steele, Lea and Flood, 2014).
 #[derive(Clone, Debug)]
 pub struct Dice(pub u64);
@@ -51,7 +87,7 @@ impl Dice {
     }
 
     /// Once in `n` times.
-    fn once_in(&mut self, n: u64) -> bool {
+    pub fn once_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
 
@@ -91,16 +127,16 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-#[derive(Debug)]
-struct Hostile<'d> {
+struct Hostile<'d, W> {
     dice: Dice,
     driver: &'d mut Driver,
+    world: &'d mut W,
     places: Vec<Place>,
     /// One field in so many is not what it should be; none, where this is none.
     evil: Option<u64>,
 }
 
-impl Hostile<'_> {
+impl<W: World> Hostile<'_, W> {
     fn is_evil(&mut self) -> bool {
         self.evil.is_some_and(|rarely| self.dice.once_in(rarely))
     }
@@ -192,10 +228,11 @@ impl Hostile<'_> {
     }
 
     /// A descriptor's bytes.
-    fn descriptor(&mut self, writable: bool, index: u16, last: bool) -> [u8; 16] {
+    fn descriptor(&mut self, writable: bool, least: u32, index: u16, last: bool) -> [u8; 16] {
         let len = self
             .dice
-            .pick(&[1, 1, 4, 10, 16, 16, 44, 512, 512, 1024, 4096, 0x1_0000]);
+            .pick(&[1, 1, 4, 10, 16, 16, 44, 512, 512, 1024, 4096, 0x1_0000])
+            .max(least);
         let room = MEMORY_END - BUFFERS - 0x1_0000;
         let at = BUFFERS + self.dice.below(room) / 512 * 512;
         let (mut at, mut len) = (at, len);
@@ -219,8 +256,9 @@ impl Hostile<'_> {
             next = self.dice.pick(&[index, 0, index.wrapping_sub(1), 256, u16::MAX, any]);
         }
         if !writable {
-            let words: Vec<_> = (0..16).flat_map(|_| self.dice.small().to_le_bytes()).collect();
-            self.write_in(at, 0, &words[..words.len().min(usize::try_from(len).unwrap())]);
+            let bytes = self.world.says(&mut self.dice);
+            let bytes = bytes.unwrap_or_else(|| (0..16).flat_map(|_| self.dice.small().to_le_bytes()).collect());
+            self.write_in(at, 0, &bytes[..bytes.len().min(usize::try_from(len).unwrap())]);
         }
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&at.to_le_bytes());
@@ -231,14 +269,18 @@ impl Hostile<'_> {
     }
 
     /// Writes descriptors of one chain at `first` of `table`, whose indices begin with `index`; how many.
-    fn chain(&mut self, table: u64, index: u16, room: u16) -> u16 {
+    fn chain(&mut self, table: u64, index: u16, room: u16, shape: Option<Shape>) -> u16 {
         let few = u16::try_from(1 + self.dice.below(5)).unwrap();
         let count = self.dice.pick(&[few, 3, 3]).min(room);
         let any = u16::try_from(self.dice.below(u64::from(count) + 1)).unwrap();
         // A head, data in either direction, and a byte for the status.
-        let readable = self.dice.pick(&[any, 1, count - 1, count - 1]).min(count);
+        let mut readable = self.dice.pick(&[any, 1, count - 1, count - 1]).min(count);
+        if let Some(Shape { writable, .. }) = shape {
+            readable = if writable { 0 } else { count };
+        }
+        let least = shape.map_or(0, |shape| shape.least);
         for place in 0..count {
-            let bytes = self.descriptor(place >= readable, index + place, place + 1 == count);
+            let bytes = self.descriptor(place >= readable, least, index + place, place + 1 == count);
             self.write_in(table, 16 * u64::from(index + place), &bytes);
         }
         count
@@ -250,12 +292,14 @@ impl Hostile<'_> {
         let mut index = 0;
         let mut heads = Vec::new();
         let most = self.dice.pick(&[1, 2, 3, 8, 256]);
+        let shape = self.world.buffers(queue);
         while index < place.size && heads.len() < most {
             heads.push(index);
+            let shape = shape.filter(|_| !self.is_evil());
             if self.dice.once_in(4) {
                 // An indirect table, whose place no buffer has.
                 let table = MEMORY_END - 0x1_0000 + 0x100 * u64::from(index);
-                let count = self.chain(table, 0, 16);
+                let count = self.chain(table, 0, 16, shape);
                 let (mut at, mut len, mut flags) = (table, u32::from(count) * 16, INDIRECT);
                 if self.is_evil() {
                     at = self.evil_address();
@@ -270,7 +314,7 @@ impl Hostile<'_> {
                 self.write_in(place.descriptors, 16 * u64::from(index), &bytes);
                 index += 1;
             } else {
-                index += self.chain(place.descriptors, index, place.size - index);
+                index += self.chain(place.descriptors, index, place.size - index, shape);
             }
         }
         for (slot, &head) in (0u16..).zip(&heads) {
@@ -346,7 +390,7 @@ impl Hostile<'_> {
                 let index = self.dice.below(self.places[queue].size.into());
                 let index = u16::try_from(index).unwrap();
                 let (writable, last) = (self.dice.once_in(2), self.dice.once_in(2));
-                let bytes = self.descriptor(writable, index, last);
+                let bytes = self.descriptor(writable, 0, index, last);
                 self.write_in(self.places[queue].descriptors, 16 * u64::from(index), &bytes);
             }
             6 if self.evil.is_some() && self.dice.once_in(4) => {
@@ -425,16 +469,16 @@ impl Drop for Saying {
     }
 }
 
-/// Has a hostile driver at devices that `make` makes, for 10,000 cases.
+/// Has a hostile driver at the devices of `world`, for 10,000 cases.
 ///
 /// # Panics
 /// The device, or its neighbour, did not stand it.
-pub fn survives(mut make: impl FnMut() -> Shared) {
+pub fn survives(mut world: impl World) {
     let mut neighbour = Neighbour::new();
     let mut told = Told::default();
     for life in 0..CASES / LIFE {
         let memory = Arc::new(GuestMemory::new(MEMORY_MIB, HugePages::None).unwrap());
-        let mut driver = Driver::with_memory(make(), memory);
+        let mut driver = Driver::with_memory(world.make(), memory);
         for case in life * LIFE..(life + 1) * LIFE {
             let _saying = Saying(case);
             // Each case begins with memory that says nothing.
@@ -447,6 +491,7 @@ pub fn survives(mut make: impl FnMut() -> Shared) {
             let mut hostile = Hostile {
                 dice,
                 driver: &mut driver,
+                world: &mut world,
                 places: Vec::new(),
                 evil,
             };
@@ -456,6 +501,7 @@ pub fn survives(mut make: impl FnMut() -> Shared) {
             }
             for _ in 0..1 + hostile.dice.below(6) {
                 hostile.step();
+                hostile.world.meanwhile(&mut hostile.dice);
                 let events = hostile.driver.turn(REST + 1);
                 assert!(events <= REST, "no rest after {events} events");
                 neighbour.serves_beside(hostile.driver);
@@ -492,20 +538,21 @@ fn serves_the_next_driver(driver: &mut Driver) {
     driver.turn(32);
 }
 
-/// Has a driver write to any register of a device that `make` makes, ready or not, for 10,000 cases.
+/// Has a driver write to any register of the devices of `world`, ready or not, for 10,000 cases.
 ///
 /// # Panics
 /// As [`survives`].
-pub fn survives_registers(mut make: impl FnMut() -> Shared) {
+pub fn survives_registers(mut world: impl World) {
     let mut neighbour = Neighbour::new();
     for life in 0..CASES / LIFE {
         let memory = Arc::new(GuestMemory::new(MEMORY_MIB, HugePages::None).unwrap());
-        let mut driver = Driver::with_memory(make(), memory);
+        let mut driver = Driver::with_memory(world.make(), memory);
         for case in life * LIFE..(life + 1) * LIFE {
             let _saying = Saying(case);
             let mut hostile = Hostile {
                 dice: Dice(case),
                 driver: &mut driver,
+                world: &mut world,
                 places: Vec::new(),
                 evil: Some(4),
             };
@@ -514,6 +561,7 @@ pub fn survives_registers(mut make: impl FnMut() -> Shared) {
             }
             for _ in 0..1 + hostile.dice.below(20) {
                 hostile.any_register();
+                hostile.world.meanwhile(&mut hostile.dice);
                 hostile.driver.turn(1);
             }
             neighbour.serves_beside(hostile.driver);

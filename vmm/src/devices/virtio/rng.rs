@@ -391,13 +391,13 @@ mod tests {
 
     #[test]
     fn a_hostile_driver_harms_nobody() {
-        let rng = || {
+        let rng = || -> super::super::Shared {
             let mut rng = Rng::new(&Entropy::default()).unwrap();
             // The cases are to be the same each time.
             rng.source = ones;
             Arc::new(Mutex::new(rng))
         };
-        hostile::survives(|| rng());
-        hostile::survives_registers(|| rng());
+        hostile::survives(rng);
+        hostile::survives_registers(rng);
     }
 }

@@ -2,7 +2,8 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use super::*;
-use crate::devices::virtio::hostile;
+use crate::devices::virtio::Shared;
+use crate::devices::virtio::hostile::{self, Dice};
 use crate::devices::virtio::testing::{BUFFERS, Buffer, Driver, MEMORY_MIB, STATUS, for_driver, from_driver};
 
 const PAGE_U64: u64 = PAGE as u64;
@@ -386,9 +387,42 @@ fn a_reset_forgets_the_driver_and_keeps_the_amount() {
     );
 }
 
+/// Somebody who asks the balloon for all that there is to ask for, all the time.
+struct Asked(Arc<Mutex<Balloon>>);
+
+impl hostile::World for Asked {
+    fn make(&mut self) -> Shared {
+        self.0 = Arc::new(Mutex::new(Balloon::new(&all()).unwrap()));
+        self.0.clone()
+    }
+
+    fn meanwhile(&mut self, dice: &mut Dice) {
+        let mut balloon = self.0.lock().unwrap();
+        let number = dice.pick(&[0, 1, 2, 3, 4, 5, 4096, u32::MAX]);
+        // Refused where its driver is not ready, or the guest has less.
+        match dice.below(6) {
+            0 | 1 => drop(balloon.update_amount(number)),
+            // Each is another interval: the guest is asked now.
+            2 => balloon
+                .update_stats_interval(1 + u16::try_from(dice.below(9000)).unwrap())
+                .unwrap(),
+            3 => {
+                let acknowledge_on_stop = dice.once_in(2);
+                drop(balloon.start_hinting(HintingStart { acknowledge_on_stop }));
+            }
+            4 => drop(balloon.stop_hinting()),
+            _ => {
+                let target = balloon.stats().unwrap().target_mib;
+                assert_eq!(balloon.config().amount_mib, target);
+                drop(balloon.hinting_status());
+            }
+        }
+    }
+}
+
 #[test]
-fn a_hostile_driver_harms_nobody() {
-    let balloon = || Arc::new(Mutex::new(Balloon::new(&all()).unwrap()));
-    hostile::survives(|| balloon());
-    hostile::survives_registers(|| balloon());
+fn a_hostile_driver_harms_nobody_whatever_is_asked_of_the_balloon_meanwhile() {
+    let asked = || Asked(Arc::new(Mutex::new(Balloon::new(&all()).unwrap())));
+    hostile::survives(asked());
+    hostile::survives_registers(asked());
 }

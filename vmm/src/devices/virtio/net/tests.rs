@@ -526,7 +526,7 @@ fn what_is_for_the_vmm_takes_the_detour_and_its_answers_come_first() {
 #[test]
 fn a_hostile_driver_harms_nobody() {
     let mut hosts = Vec::new();
-    let mut net = || {
+    let mut net = || -> super::super::Shared {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let (host, device) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
         // One frame waits for a buffer; what the driver sends is not read.
@@ -536,6 +536,6 @@ fn a_hostile_driver_harms_nobody() {
             Net::with_tap(&config(serde_json::json!({})), Tap::of(device)).unwrap(),
         ))
     };
-    hostile::survives(|| net());
-    hostile::survives_registers(|| net());
+    hostile::survives(&mut net);
+    hostile::survives_registers(net);
 }
