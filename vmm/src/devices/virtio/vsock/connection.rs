@@ -336,6 +336,12 @@ impl Connection {
         }
     }
 
+    /// Bytes held for the host's end.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
     /// Whether nothing is held.
     #[must_use]
     pub fn is_flushed(&self) -> bool {

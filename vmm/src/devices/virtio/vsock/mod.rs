@@ -90,6 +90,9 @@ pub struct Vsock {
     guest_cid: u64,
     mux: Mux,
     active: Option<Active>,
+    /// Where time stands still, it is this.
+    #[cfg(test)]
+    clock: Option<Instant>,
 }
 
 impl Vsock {
@@ -108,6 +111,8 @@ impl Vsock {
             guest_cid: cid.into(),
             mux: Mux::new(cid.into(), socket).map_err(VsockError::Descriptors)?,
             active: None,
+            #[cfg(test)]
+            clock: None,
         })
     }
 
@@ -115,6 +120,16 @@ impl Vsock {
     #[must_use]
     pub fn metrics(&self) -> &Arc<VsockMetrics> {
         self.mux.metrics()
+    }
+
+    #[cfg(not(test))]
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    #[cfg(test)]
+    fn now(&self) -> Instant {
+        self.clock.unwrap_or_else(Instant::now)
     }
 
     /// Takes packets from the driver, at most a queue's length of them. True if there may be more.
@@ -166,7 +181,7 @@ impl Vsock {
 
     /// As both, and what belongs around them.
     fn serve(&mut self) -> Result<(), QueueError> {
-        let now = Instant::now();
+        let now = self.now();
         let more = [(TX, self.take(now)?), (RX, self.give(now)?)];
         let Some(active) = &mut self.active else { return Ok(()) };
         let memory = active.memory.view();
@@ -229,7 +244,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn ready(&mut self, source: usize) -> Result<(), QueueError> {
-        let now = Instant::now();
+        let now = self.now();
         if source == 0 {
             self.mux.ready(now);
         } else {

@@ -12,7 +12,9 @@
 //!
 //! What the guest can have us keep is bounded: [`MAX_CONNECTIONS`] connections, greetings and partings included, with
 //! [`BUFFER`](super::connection::BUFFER) bytes each, [`MAX_RESETS`] answers to packets that belong to none, and a line of
-//! [`MAX_LINE`] places. Whoever is to answer, a client its greeting, the guest a REQUEST or a SHUTDOWN, has [`PATIENCE`].
+//! [`MAX_LINE`] places. Whoever is to answer, a client its greeting, the guest a REQUEST or a SHUTDOWN, has [`PATIENCE`]; the host's
+//! end of a parting, which is to take what is held for it, has [`PARTING_PATIENCE`] from when it last took some: after that its place is
+//! another's, and what it did not take is lost.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Write};
@@ -43,6 +45,9 @@ const MAX_RESETS: usize = 256;
 pub const MAX_LINE: usize = 2 * MAX_CONNECTIONS;
 /// How long one waits for an answer, as Firecracker.
 pub const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the host's end of a connection that the guest is through with may take nothing of what is held for it. A program that
+/// is alive reads sooner; one that is not would have the place for good.
+pub const PARTING_PATIENCE: Duration = Duration::from_secs(60);
 /// Longest greeting: `CONNECT 4294967295` and the end of a line are 19 or 20 bytes. Firecracker reads as much.
 const MAX_GREETING: usize = 32;
 /// The first port of the host's given to connections by the host; the last is one less than twice that. As
@@ -78,7 +83,8 @@ pub struct Mux {
     socket: Socket,
     epoll: OwnedFd,
     timer: Timer,
-    timer_set: bool,
+    /// When the timer goes off.
+    timer_set: Option<Instant>,
     /// By tokens, which are never used again: an event that comes late finds nothing.
     entries: HashMap<u64, Entry>,
     by_ports: HashMap<Ports, u64>,
@@ -105,7 +111,7 @@ impl Mux {
             socket,
             epoll: epoll::create(CreateFlags::CLOEXEC)?,
             timer: Timer::new()?,
-            timer_set: false,
+            timer_set: None,
             entries: HashMap::new(),
             by_ports: HashMap::new(),
             speakers: VecDeque::new(),
@@ -234,7 +240,7 @@ impl Mux {
             }
             Verdict::Closed => {
                 self.reset(ports, header);
-                return self.part(token);
+                return self.part(token, now);
             }
             Verdict::Gone => return self.remove(token),
             Verdict::Broken => return self.kill(token),
@@ -376,7 +382,7 @@ impl Mux {
                 Err(error) => {
                     tracing::warn!("vsock: cannot take in a connection by the host: {error}; trying again in a while");
                     self.stop_listening();
-                    self.set_timer(PATIENCE);
+                    self.set_timer(now + PATIENCE, now);
                     return;
                 }
             };
@@ -385,7 +391,7 @@ impl Mux {
                 continue;
             }
             if let Ok(token) = self.add(stream, Stage::Greeting) {
-                self.set_deadline(token, now);
+                self.set_deadline(token, PATIENCE, now);
             }
         }
     }
@@ -430,13 +436,37 @@ impl Mux {
                 self.settle(token, now);
             }
             Stage::Parting(connection) => {
-                connection.writable();
-                let failed = gone || flush(&entry.stream, connection);
-                if failed || connection.is_flushed() {
-                    self.entries.remove(&token);
+                if gone {
+                    connection.hung_up();
                 }
+                self.write_parting(token, now);
             }
         }
+    }
+
+    /// Has the host's end of a parting take what it can; the parting is over when it has all. False if it took nothing, or there is
+    /// no such parting.
+    fn write_parting(&mut self, token: u64, now: Instant) -> bool {
+        let Some(Entry {
+            stream,
+            stage: Stage::Parting(connection),
+            ..
+        }) = self.entries.get_mut(&token)
+        else {
+            return false;
+        };
+        let before = connection.held();
+        // There is room a good while before there is an event of it.
+        connection.writable();
+        let gone = flush(stream, connection);
+        if gone || connection.is_flushed() {
+            self.entries.remove(&token);
+        } else if connection.held() < before {
+            self.set_deadline(token, PARTING_PATIENCE, now);
+        } else {
+            return false;
+        }
+        true
     }
 
     /// What a client wants, if it has said so.
@@ -469,7 +499,7 @@ impl Mux {
             entry.stage = Stage::Connected(ports, Connection::by_host());
             self.by_ports.insert(ports, token);
             count(&self.metrics.conns_added, 1);
-            self.set_deadline(token, now);
+            self.set_deadline(token, PATIENCE, now);
             self.speak(token);
         }
     }
@@ -491,7 +521,7 @@ impl Mux {
     /// The timer's descriptor was readable: whoever has not answered by `now` is ended.
     pub fn expired(&mut self, now: Instant) {
         self.timer.expired();
-        self.timer_set = false;
+        self.timer_set = None;
         let late = |entry: &Entry| entry.deadline.is_some_and(|deadline| deadline <= now);
         let late: Vec<_> = self
             .entries
@@ -499,9 +529,13 @@ impl Mux {
             .filter(|(_, entry)| late(entry))
             .map(|(&token, _)| token)
             .collect();
-        late.into_iter().for_each(|token| self.kill(token));
+        for token in late {
+            if !self.write_parting(token, now) {
+                self.kill(token);
+            }
+        }
         if let Some(first) = self.entries.values().filter_map(|entry| entry.deadline).min() {
-            self.set_timer(first.saturating_duration_since(now));
+            self.set_timer(first, now);
         }
     }
 
@@ -524,7 +558,7 @@ impl Mux {
         }
         let (speaks, over) = (connection.next().is_some(), connection.awaits_reset());
         if over && entry.deadline.is_none() {
-            self.set_deadline(token, now);
+            self.set_deadline(token, PATIENCE, now);
         }
         if speaks {
             self.speak(token);
@@ -544,23 +578,26 @@ impl Mux {
         }
     }
 
-    fn set_deadline(&mut self, token: u64, now: Instant) {
+    fn set_deadline(&mut self, token: u64, patience: Duration, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&token) {
-            entry.deadline = Some(now + PATIENCE);
-            self.set_timer(PATIENCE);
+            let deadline = now + patience;
+            entry.deadline = Some(deadline);
+            self.set_timer(deadline, now);
         }
     }
 
-    /// All wait equally long: a timer that is set is for one who came earlier.
-    fn set_timer(&mut self, wait: Duration) {
-        if !std::mem::replace(&mut self.timer_set, true) {
+    /// Has the timer go off at `deadline`, if it does not sooner.
+    fn set_timer(&mut self, deadline: Instant, now: Instant) {
+        if self.timer_set.is_none_or(|set| deadline < set) {
+            self.timer_set = Some(deadline);
             // No wait at all would not set it but stop it.
-            self.timer.after(wait.max(Duration::from_nanos(1)));
+            self.timer
+                .after(deadline.saturating_duration_since(now).max(Duration::from_nanos(1)));
         }
     }
 
     /// The guest is through with a connection. Its socket is closed when the host's end has taken what is held for it.
-    fn part(&mut self, token: u64) {
+    fn part(&mut self, token: u64, now: Instant) {
         let Some(mut entry) = self.entries.remove(&token) else {
             return;
         };
@@ -569,8 +606,9 @@ impl Mux {
             count(&self.metrics.conns_removed, 1);
             if !connection.is_flushed() {
                 let _ = entry.stream.shutdown(Shutdown::Read);
-                (entry.stage, entry.deadline) = (Stage::Parting(connection), None);
+                entry.stage = Stage::Parting(connection);
                 self.entries.insert(token, entry);
+                self.set_deadline(token, PARTING_PATIENCE, now);
             }
         }
     }

@@ -248,12 +248,10 @@ fn a_host_that_closes_ends_the_connection_by_the_guests_reset_or_its_own() {
     assert_eq!(guest.counted(|metrics| &metrics.conns_killed), 1);
 }
 
-#[test]
-fn what_a_guest_sent_before_it_closed_arrives_however_late_it_is_read() {
-    let mut guest = Guest::new();
-    let listener = guest.listener(7);
-    let mut stream = guest.connected_by_guest(&listener, PORTS);
-    // As much as there is room for, in the host's socket and then in ours.
+/// A connection by the guest, which has sent as much as there is room for, in the host's socket and then in ours, and closed it;
+/// with how much that is.
+fn parting(guest: &mut Guest, listener: &UnixListener) -> (UnixStream, usize) {
+    let stream = guest.connected_by_guest(listener, PORTS);
     let (mut sent, mut forwarded) = (0, 0);
     while sent - forwarded + 4096 <= BUFFER as usize {
         guest.send_data(PORTS, &pattern(sent, 4096));
@@ -265,20 +263,43 @@ fn what_a_guest_sent_before_it_closed_arrives_however_late_it_is_read() {
     assert!(forwarded < sent);
     guest.send_shutdown(PORTS, SHUTDOWN_BOTH);
     guest.expect(Op::Reset);
-    // The ports are free for another connection meanwhile; neither it nor time takes anything from the first.
+    (stream, sent)
+}
+
+#[test]
+fn what_a_guest_sent_before_it_closed_arrives_however_late_it_is_read() {
+    let mut guest = Guest::new();
+    let listener = guest.listener(7);
+    let (mut stream, sent) = parting(&mut guest, &listener);
+    // The ports are free for another connection meanwhile, which takes nothing from the first.
     let other = guest.connected_by_guest(&listener, PORTS);
-    guest.run_out_of_patience();
     assert_eq!(guest.sockets(), 2);
-    let reader = std::thread::spawn(move || {
-        let mut data = Vec::new();
-        stream.read_to_end(&mut data).unwrap();
-        data
-    });
+    // As slowly as may be, with no more than a few of the pieces that it was written in at a time.
+    let (mut data, mut piece) = (Vec::new(), [0; 4 * 4096]);
     while guest.sockets() > 1 {
-        guest.driver.turn_for(1, Duration::from_secs(1));
+        let len = stream.read(&mut piece).unwrap();
+        data.extend(&piece[..len]);
+        guest.pass(PARTING_PATIENCE * 9 / 10);
+        guest.driver.turn(100);
     }
-    assert!(reader.join().unwrap() == pattern(0, sent));
+    stream.read_to_end(&mut data).unwrap();
+    assert!(data == pattern(0, sent));
     drop(other);
+}
+
+#[test]
+fn a_host_that_takes_nothing_more_has_its_place_for_a_minute_and_no_longer() {
+    let mut guest = Guest::new();
+    let listener = guest.listener(7);
+    let (mut stream, sent) = parting(&mut guest, &listener);
+    guest.pass(PARTING_PATIENCE * 9 / 10);
+    assert_eq!(guest.sockets(), 1);
+    guest.pass(PARTING_PATIENCE / 10);
+    assert_eq!((guest.sockets(), guest.turn()), (0, vec![]));
+    // What is in the host's socket is the host's.
+    let mut data = Vec::new();
+    stream.read_to_end(&mut data).unwrap();
+    assert!(data.len() < sent && data == pattern(0, data.len()));
 }
 
 #[test]
@@ -304,18 +325,31 @@ fn who_says_nothing_is_not_waited_for() {
     let (request, _) = guest.expect(Op::Request);
     assert_eq!(guest.turn(), []);
     assert_eq!(guest.sockets(), 3);
-    // By the timer itself.
+    guest.run_out_of_patience();
     let (reset, _) = guest.expect(Op::Reset);
     assert_eq!(request_ports(&reset), request_ports(&request));
-    while guest.sockets() > 0 {
-        assert!(guest.driver.turn_for(1, Duration::from_secs(60)) > 0);
-    }
+    assert_eq!(guest.sockets(), 0);
     assert!([&mut silent, &mut half, &mut unanswered].into_iter().all(is_closed));
     assert_eq!(guest.counted(|metrics| &metrics.conns_killed), 3);
     // Too late.
     guest.send(request_ports(&request), Op::Response);
     guest.expect(Op::Reset);
     guest.connected_by_host(52);
+}
+
+#[test]
+fn the_device_is_woken_when_somebody_is_late_and_by_nothing_else() {
+    let mut guest = Guest::new();
+    let listener = guest.listener(7);
+    // A parting has set the timer: who is late sooner is not to wait for that.
+    let _parting = parting(&mut guest, &listener);
+    guest.vsock.lock().unwrap().clock = None;
+    let mut silent = guest.client("");
+    while guest.counted(|metrics| &metrics.conns_killed) == 0 {
+        assert!(guest.driver.turn_for(1, PARTING_PATIENCE / 2) > 0);
+    }
+    assert!(is_closed(&mut silent));
+    assert_eq!(guest.sockets(), 1);
 }
 
 #[test]
