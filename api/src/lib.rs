@@ -9,6 +9,7 @@ mod cli;
 pub mod client;
 mod config_file;
 mod console;
+mod descriptors;
 mod ending;
 mod exit;
 mod exporter;
@@ -54,6 +55,8 @@ pub fn main() -> ExitCode {
     }));
     let status = panic::catch_unwind(AssertUnwindSafe(command)).unwrap_or(exit::INTERNAL);
     console::restore();
+    // The VMM may still run, where this thread could not go on.
+    vmm::unix_socket::remove_all();
     ExitCode::from(status)
 }
 

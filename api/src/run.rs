@@ -5,7 +5,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use accounting::GtimeSource;
@@ -22,9 +22,9 @@ use crate::ending::{Asked, Deed, Ending};
 use crate::exit::{self, OnReboot};
 use crate::routes::Limits;
 use crate::server::{Listeners, Server};
-use crate::socket::{self, SocketFile};
+use crate::socket;
 use crate::step::Step;
-use crate::{config_file, log, signals};
+use crate::{config_file, descriptors, log, signals};
 
 /// What both modes come down to.
 struct Plan {
@@ -174,6 +174,9 @@ fn launch(plan: Plan) -> Result<u8> {
         .then(Server::spawn)
         .transpose()
         .context("the API's thread cannot be started")?;
+    if let Err(error) = descriptors::raise_limit() {
+        tracing::warn!("the limit on open files stays what it is: {error}; a guest may run out of connections");
+    }
     let (unix, socket_file) = plan.unix.as_deref().map(socket::bind).transpose()?.unzip();
     let tcp = plan.tcp.map(socket::bind_tcp).transpose()?;
     let (typing, console) = console::open().context("the guest's console cannot be opened")?;
@@ -189,7 +192,6 @@ fn launch(plan: Plan) -> Result<u8> {
         handle: handle.clone(),
         typing: Mutex::new(Some(typing)),
         ending: Mutex::default(),
-        socket_file: socket_file.as_ref().map_or_else(Weak::new, Arc::downgrade),
     });
     // A guest given on the command line is started before the API is served: nobody configures it in between. Otherwise the API
     // comes first, for whoever spawned this waits for it: requests wait for the VMM's thread.
@@ -259,8 +261,6 @@ struct Session {
     typing: Mutex<Option<Typing>>,
     /// Who has asked for an end.
     ending: Mutex<Ending>,
-    /// Weak: the file goes with [`launch`], on every way out of it.
-    socket_file: Weak<SocketFile>,
 }
 
 impl Session {
@@ -302,9 +302,7 @@ impl Session {
     /// Ends this process.
     fn exit(&self, asked: Asked) {
         console::restore();
-        if let Some(file) = self.socket_file.upgrade() {
-            file.remove();
-        }
+        vmm::unix_socket::remove_all();
         exit::say("ended without the VMM, which did not answer");
         let status = match asked {
             Asked::Signal(signal) => exit::by_signal(signal),

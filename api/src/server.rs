@@ -314,7 +314,7 @@ mod tests {
     struct Served {
         scratch: Scratch,
         server: Server,
-        _file: Arc<socket::SocketFile>,
+        _file: Arc<vmm::unix_socket::SocketFile>,
     }
 
     impl Served {

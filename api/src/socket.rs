@@ -1,24 +1,16 @@
 //! The API's sockets: a unix socket only its owner may open, and a TCP one on the loopback when asked for.
 //!
-//! The unix socket's file has mode 0600 from the instant it exists, and is removed with its [`SocketFile`]. An existing file is never replaced, not even the socket of a process
-//! that has ended: two servers started at once would each take the path from the other. The error says which it is, and what to do.
+//! The unix socket's file has mode 0600 from the instant it exists, and replaces none (`vmm::unix_socket`): the error says what is
+//! there, and what to do.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::Mode;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-
-/// Longest path of a unix socket, in bytes: `sun_path` holds 108, the last one a NUL (unix(7)).
-const MAX_PATH: usize = 107;
-
-/// Connections that may wait for the API's thread: as many as std's listeners let.
-const BACKLOG: i32 = 128;
+use vmm::unix_socket::{self, MAX_PATH, Refusal, SocketFile};
 
 /// Why a socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -73,89 +65,24 @@ pub enum SocketError {
     },
 }
 
-/// A unix socket's file. Dropping it removes it.
-#[derive(Debug)]
-pub struct SocketFile {
-    path: PathBuf,
-    /// Device and inode.
-    identity: (u64, u64),
-}
-
-impl SocketFile {
-    /// Removes the file, unless somebody has put another in its place.
-    pub fn remove(&self) {
-        let ours = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino()) == self.identity;
-        if self.path.symlink_metadata().is_ok_and(ours) {
-            // Nothing is left to be done about a failure: the process is on its way out.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        self.remove();
-    }
-}
-
 /// Listens on a unix socket at `path`, non-blocking.
 ///
 /// # Errors
 /// See [`SocketError`].
 pub fn bind(path: &Path) -> Result<(UnixListener, Arc<SocketFile>), SocketError> {
-    let other = |source| SocketError::Other {
-        path: path.to_owned(),
-        source,
-    };
-    let length = path.as_os_str().len();
-    if length > MAX_PATH {
-        return Err(SocketError::TooLong {
-            path: path.to_owned(),
-            length,
-        });
+    unix_socket::bind(path, Some(Mode::RUSR | Mode::WUSR)).map_err(|refusal| in_words(path, refusal))
+}
+
+fn in_words(path: &Path, refusal: Refusal) -> SocketError {
+    let path = path.to_owned();
+    match refusal {
+        Refusal::TooLong { length } => SocketError::TooLong { path, length },
+        Refusal::InUse => SocketError::InUse(path),
+        Refusal::Stale => SocketError::Stale(path),
+        Refusal::NotASocket => SocketError::NotASocket(path),
+        Refusal::NoDirectory(directory) => SocketError::NoDirectory { path, directory },
+        Refusal::Other(source) => SocketError::Other { path, source },
     }
-    let address = SocketAddrUnix::new(path).map_err(|error| other(error.into()))?;
-    let fd = socket().map_err(|error| other(error.into()))?;
-    // bind(2) gives the file the socket's own mode, less the umask (Linux net/unix/af_unix.c, unix_bind_bsd): set
-    // beforehand, there is no instant at which others could connect.
-    rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(|error| other(error.into()))?;
-    rustix::net::bind(&fd, &address).map_err(|error| refusal(path, error.into()))?;
-    let metadata = path.symlink_metadata().map_err(other)?;
-    let file = SocketFile {
-        path: path.to_owned(),
-        identity: (metadata.dev(), metadata.ino()),
-    };
-    rustix::net::listen(&fd, BACKLOG).map_err(|error| other(error.into()))?;
-    Ok((UnixListener::from(fd), Arc::new(file)))
-}
-
-fn socket() -> rustix::io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-}
-
-/// Says why `bind` failed.
-fn refusal(path: &Path, source: io::Error) -> SocketError {
-    let owned = path.to_owned();
-    match source.kind() {
-        io::ErrorKind::AddrInUse => match path.symlink_metadata() {
-            Ok(metadata) if !metadata.file_type().is_socket() => SocketError::NotASocket(owned),
-            _ => match connect(path) {
-                Err(rustix::io::Errno::CONNREFUSED) => SocketError::Stale(owned),
-                _ => SocketError::InUse(owned),
-            },
-        },
-        io::ErrorKind::NotFound => {
-            let directory = path.parent().unwrap_or(Path::new("/")).to_owned();
-            SocketError::NoDirectory { path: owned, directory }
-        }
-        _ => SocketError::Other { path: owned, source },
-    }
-}
-
-/// Knocks, without waiting: the connect of a listener whose queue is full would.
-fn connect(path: &Path) -> rustix::io::Result<()> {
-    rustix::net::connect(&socket()?, &SocketAddrUnix::new(path)?)
 }
 
 /// Listens on a loopback address, non-blocking.
@@ -193,18 +120,6 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_has_taken_the_sockets_place_is_left_alone() {
-        let scratch = Scratch::new();
-        let path = scratch.path("s");
-        let (_listener, file) = bind(&path).unwrap();
-        // Made before the other goes, so that it cannot get its inode number.
-        std::fs::write(scratch.path("other"), "precious").unwrap();
-        std::fs::rename(scratch.path("other"), &path).unwrap();
-        drop(file);
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
-    }
-
-    #[test]
     fn a_path_that_cannot_be_is_refused_with_what_to_do_and_left_as_it_was() {
         let scratch = Scratch::new();
         let (in_use, stale, plain) = (scratch.path("in-use"), scratch.path("stale"), scratch.path("plain"));
@@ -227,26 +142,6 @@ mod tests {
         }
         assert!(in_use.exists() && stale.exists() && plain.exists());
         assert!(UnixStream::connect(&in_use).is_ok());
-    }
-
-    #[test]
-    fn the_longest_path_is_bound() {
-        let scratch = Scratch::new();
-        let room = MAX_PATH - scratch.path("x").as_os_str().len() + 1;
-        let path = scratch.path("x".repeat(room));
-        assert_eq!(path.as_os_str().len(), MAX_PATH);
-        assert!(bind(&path).is_ok());
-    }
-
-    #[test]
-    fn a_socket_whose_queue_is_full_is_in_use_not_waited_for() {
-        let scratch = Scratch::new();
-        let path = scratch.path("s");
-        let fd = socket().unwrap();
-        rustix::net::bind(&fd, &SocketAddrUnix::new(&path).unwrap()).unwrap();
-        rustix::net::listen(&fd, 0).unwrap();
-        let _queued = UnixStream::connect(&path).unwrap();
-        assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
     }
 
     #[test]

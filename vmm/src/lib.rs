@@ -44,6 +44,7 @@ pub mod requests;
 mod schema;
 #[cfg(test)]
 mod testing;
+pub mod unix_socket;
 
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};

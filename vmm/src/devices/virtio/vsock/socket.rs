@@ -1,28 +1,20 @@
-//! The unix socket that stands for the guest on the host: `uds_path`, with the process's umask as Firecracker's. An
-//! existing file is never replaced: it may be another microVM's socket. The file goes with the device, unless somebody
-//! has put another in its place.
+//! The unix socket that stands for the guest on the host: `uds_path`, with the process's umask as Firecracker's. Its file goes with
+//! the device.
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use std::path::Path;
+use std::sync::Arc;
 
 use super::VsockError;
-
-/// Longest path of a unix socket, in bytes: `sun_path` holds 108, the last one a NUL (unix(7)).
-const MAX_PATH: usize = 107;
+use crate::unix_socket::{self, Refusal, SocketFile};
 
 /// The socket, listening, and its file.
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode.
-    identity: (u64, u64),
+    file: Arc<SocketFile>,
 }
 
 impl Socket {
@@ -31,25 +23,8 @@ impl Socket {
     /// # Errors
     /// The path is taken, too long, or cannot be made.
     pub fn bind(path: &Path) -> Result<Self, VsockError> {
-        let length = path.as_os_str().len();
-        if length > MAX_PATH {
-            let path = path.to_owned();
-            return Err(VsockError::TooLong { path, length });
-        }
-        let other = |source| VsockError::Socket {
-            path: path.into(),
-            source,
-        };
-        // Made by bind(2), which follows no symbolic link in the last part and replaces nothing.
-        let listener = UnixListener::bind(path).map_err(|source| refusal(path, source))?;
-        let metadata = path.symlink_metadata().map_err(other)?;
-        let socket = Self {
-            listener,
-            path: path.into(),
-            identity: (metadata.dev(), metadata.ino()),
-        };
-        socket.listener.set_nonblocking(true).map_err(other)?;
-        Ok(socket)
+        let (listener, file) = unix_socket::bind(path, None).map_err(|refusal| in_words(path, refusal))?;
+        Ok(Self { listener, file })
     }
 
     /// The next of those who wait to be connected.
@@ -74,21 +49,21 @@ impl Socket {
     /// # Errors
     /// Nobody listens there.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        let mut path = OsString::from(&self.path);
+        let mut path = OsString::from(self.file.path());
         path.push(format!("_{port}"));
-        let stream = socket()?;
-        rustix::net::connect(&stream, &SocketAddrUnix::new(Path::new(&path))?)?;
-        Ok(stream.into())
+        Ok(unix_socket::connect(Path::new(&path))?.into())
     }
 }
 
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let ours = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino()) == self.identity;
-        if self.path.symlink_metadata().is_ok_and(ours) {
-            // Nothing is left to be done about a failure: the microVM has ended.
-            let _ = std::fs::remove_file(&self.path);
-        }
+fn in_words(path: &Path, refusal: Refusal) -> VsockError {
+    let path = path.to_owned();
+    match refusal {
+        Refusal::TooLong { length } => VsockError::TooLong { path, length },
+        Refusal::InUse => VsockError::InUse(path),
+        Refusal::Stale => VsockError::Stale(path),
+        Refusal::NotASocket => VsockError::NotASocket(path),
+        Refusal::NoDirectory(_) => VsockError::NoDirectory(path),
+        Refusal::Other(source) => VsockError::Socket { path, source },
     }
 }
 
@@ -99,31 +74,4 @@ pub fn port_of(line: &[u8]) -> Option<u32> {
     let connect = words.next()?.eq_ignore_ascii_case("connect");
     let port = words.next()?.parse().ok()?;
     connect.then_some(port)
-}
-
-fn socket() -> rustix::io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-}
-
-/// Says why `bind` failed.
-fn refusal(path: &Path, source: io::Error) -> VsockError {
-    let path = path.to_owned();
-    match source.kind() {
-        io::ErrorKind::AddrInUse => {}
-        io::ErrorKind::NotFound => return VsockError::NoDirectory(path),
-        _ => return VsockError::Socket { path, source },
-    }
-    match path.symlink_metadata() {
-        Ok(metadata) if !metadata.file_type().is_socket() => VsockError::NotASocket(path),
-        _ => match knock(&path) {
-            Err(rustix::io::Errno::CONNREFUSED) => VsockError::Stale(path),
-            _ => VsockError::InUse(path),
-        },
-    }
-}
-
-/// Connects, without waiting, to see whether somebody listens.
-fn knock(path: &Path) -> rustix::io::Result<()> {
-    rustix::net::connect(&socket()?, &SocketAddrUnix::new(path)?)
 }

@@ -1,10 +1,9 @@
 //! Drivers that break the rules.
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-
 use super::*;
 use crate::devices::virtio::Shared;
 use crate::devices::virtio::hostile::{self, Dice, Shape};
+use crate::unix_socket;
 
 /// Clients of the host's, who come, speak and go, and programs that listen, around devices in one folder.
 struct Host {
@@ -367,7 +366,8 @@ fn host_side(folder: &Folder, listener: &UnixListener, clients: &mut Vec<UnixStr
     }
     if dice.below(4) == 0 {
         // Fails where the queue is full: nobody is taken in while the device has no driver.
-        if let Ok(mut client) = connect(&folder.path("v")) {
+        if let Ok(client) = unix_socket::connect(&folder.path("v")) {
+            let mut client = UnixStream::from(client);
             let says = dice.pick(&["", "CONNECT 52\n", "CONNECT 52\nmore", "CONN", "nonsense\n"]);
             client.write_all(says.as_bytes()).unwrap();
             clients.push(client);
@@ -393,12 +393,4 @@ fn host_side(folder: &Folder, listener: &UnixListener, clients: &mut Vec<UnixStr
     if clients.len() > 200 {
         clients.clear();
     }
-}
-
-/// Connects without waiting, for good.
-fn connect(path: &Path) -> rustix::io::Result<UnixStream> {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let stream = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&stream, &SocketAddrUnix::new(path)?)?;
-    Ok(stream.into())
 }
