@@ -107,7 +107,22 @@ pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<
         };
         tallies.push((bed, tally));
     }
+    if let Some(filter) = filter {
+        let beds: Vec<_> = tallies.iter().map(|(bed, _)| bed.name()).collect();
+        let ran = tallies.iter().any(|(_, tally)| *tally != Tally::default());
+        anyhow::ensure!(ran, nothing_matched(filter, &beds));
+    }
     Ok(report(tallies))
+}
+
+/// What is said where no test's name has `filter` in it: a filter that is mistyped must not pass for tests that passed.
+fn nothing_matched(filter: &str, beds: &[&str]) -> String {
+    let plural = if beds.len() == 1 { "" } else { "s" };
+    format!(
+        "no test of bed{plural} {} has {filter:?} in its name: a filter is part of a test's name, not of its file's \
+         (`cargo xtask host` runs a file)",
+        beds.join(", ")
+    )
 }
 
 /// Says what became of each bed's tests, and of all. True if none failed.

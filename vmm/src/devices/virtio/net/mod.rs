@@ -12,7 +12,8 @@
 //! frame either goes whole or is lost, as on any wire: a driver's frame that is none, or that the tap refuses, is counted and given back.
 //!
 //! Nothing here waits or spins. What holds a direction up is remembered, and its end is an event: tap empty (edge-triggered descriptor),
-//! no buffers (notification of the queue), limit reached (the limiter's timer). A tap that is deleted ends its events with it.
+//! no buffers (notification of the queue), limit reached (the limiter's timer), tap failed (a timer, for what else it has is no
+//! event any more). A tap that is deleted ends its events with it.
 
 mod detour;
 mod rx;
@@ -23,12 +24,14 @@ mod tx;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use event_manager::EventSet;
 use serde::Serialize;
 
 use super::queue::QueueError;
 use super::rate_limiter::RateLimiter;
+use super::timer::Timer;
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use crate::config::{self, MacAddr, NetworkInterface};
 pub use detour::Detour;
@@ -50,6 +53,11 @@ const MIN_MTU: u16 = 68;
 const TAP: usize = 0;
 const RX_LIMITER: usize = 1;
 const TX_LIMITER: usize = 2;
+const RETRY: usize = 3;
+
+/// How long a tap that failed is left alone: doubled each time that it fails again, to [`RETRY_MOST`] at most.
+const RETRY_FIRST: Duration = Duration::from_millis(10);
+const RETRY_MOST: Duration = Duration::from_secs(1);
 
 /// Why there is no interface.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +130,10 @@ pub struct Net {
     readable: bool,
     /// The tap was deleted.
     gone: bool,
+    /// When the tap is read again that has failed.
+    retry: Timer,
+    /// How long that took last.
+    retry_wait: Duration,
     /// The user knows that the tap fails.
     complained: bool,
     side: Option<Side>,
@@ -158,6 +170,10 @@ impl Net {
                 source,
             })
         };
+        let retry = Timer::new().map_err(|source| NetError::Timer {
+            iface: config.iface_id.clone(),
+            source,
+        })?;
         Ok(Self {
             iface: config.iface_id.clone(),
             guest_mac: config.guest_mac,
@@ -166,6 +182,8 @@ impl Net {
             // What came before anybody waited for it is no event.
             readable: true,
             gone: false,
+            retry,
+            retry_wait: Duration::ZERO,
             complained: false,
             side: None,
             rx_limiter: limiter(config.rx_rate_limiter)?,
@@ -270,6 +288,7 @@ impl VirtioDevice for Net {
             (self.tap.as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED),
             (self.rx_limiter.as_raw_fd(), EventSet::IN),
             (self.tx_limiter.as_raw_fd(), EventSet::IN),
+            (self.retry.as_raw_fd(), EventSet::IN),
         ];
         sources.extend(self.side.iter().map(|side| (side.as_raw_fd(), EventSet::IN)));
         sources
@@ -286,6 +305,10 @@ impl VirtioDevice for Net {
     fn ready(&mut self, source: usize) -> Result<(), QueueError> {
         match source {
             TAP => self.readable = !self.gone,
+            RETRY => {
+                self.retry.expired();
+                self.readable = !self.gone;
+            }
             RX_LIMITER => self.rx_limiter.expired(),
             TX_LIMITER => {
                 self.tx_limiter.expired();

@@ -6,13 +6,13 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryMmap;
 
 use super::spec::{F_MRG_RXBUF, HEADER_LEN, LONG_FRAMES, MAX_FRAME_LEN, MAX_PIECES, NUM_BUFFERS, PLAIN_FRAME_LEN, RX};
 use super::tap::{Received, is_gone};
-use super::{Net, count};
+use super::{Net, RETRY_FIRST, RETRY_MOST, count};
 use crate::devices::virtio::queue::{Chain, Queue, QueueError};
 
 /// Chains that a frame can be put into.
@@ -183,7 +183,10 @@ impl Net {
     /// Reads a frame of the tap's into `room`; its length with the header.
     fn read_tap(&mut self, room: &Room<'_>) -> Option<usize> {
         match self.tap.receive(room.iter()) {
-            Ok(Received::Frame(len)) => return Some(len),
+            Ok(Received::Frame(len)) => {
+                self.retry_wait = Duration::ZERO;
+                return Some(len);
+            }
             Ok(Received::TooLong) => count(&self.metrics.rx_fails, 1),
             // The next one is an event of its own: the tap's descriptor is edge-triggered.
             Ok(Received::Nothing) => self.readable = false,
@@ -191,6 +194,11 @@ impl Net {
                 self.readable = false;
                 count(&self.metrics.tap_read_fails, 1);
                 self.tap_failed("receive from", &error);
+                if !self.gone {
+                    // What it has besides this is announced no more.
+                    self.retry_wait = (2 * self.retry_wait).clamp(RETRY_FIRST, RETRY_MOST);
+                    self.retry.after(self.retry_wait);
+                }
             }
         }
         None

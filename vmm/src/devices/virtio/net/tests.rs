@@ -1,5 +1,6 @@
 //! A driver and the other end of its wire, which is a socket here: each message a frame with its header.
 
+use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -521,6 +522,75 @@ fn what_is_for_the_vmm_takes_the_detour_and_its_answers_come_first() {
     wire.turn();
     assert!(wire.host_hears().is_some(), "the rest goes by the wire");
     assert_eq!(wire.metric(|m| &m.tx_packets_count), 1);
+}
+
+/// A datagram socket fails once when nobody was there to hear: in place of a tap that fails and has a frame all the same.
+#[test]
+fn a_tap_that_failed_once_is_read_again_though_it_says_nothing_more() {
+    let device = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    device.connect(port).unwrap();
+    device.set_nonblocking(true).unwrap();
+    let address = device.local_addr().unwrap();
+    let net = Net::with_tap(&config(serde_json::json!({})), Tap::of(device.try_clone().unwrap())).unwrap();
+    let metrics = Arc::clone(net.metrics());
+    let mut driver = Driver::start(Arc::new(Mutex::new(net)), ALL);
+    driver.put(RX, &[for_driver(BUFFERS, 70_000)]);
+    driver.notify(RX);
+    driver.turn(20);
+    assert_eq!(
+        (metrics.tap_read_fails.load(Ordering::Relaxed), driver.used(RX)),
+        (0, vec![])
+    );
+
+    device.send(b"?").unwrap();
+    let host = UdpSocket::bind(port).unwrap();
+    host.send_to(&[1; HEADER_LEN + 60], address).unwrap();
+    // The event is one for both.
+    driver.turn(1);
+    assert_eq!(
+        (metrics.tap_read_fails.load(Ordering::Relaxed), driver.used(RX)),
+        (1, vec![])
+    );
+    let used = loop {
+        assert!(
+            driver.turn_for(1, Duration::from_secs(60)) > 0,
+            "the frame waits for the next"
+        );
+        let used = driver.used(RX);
+        if !used.is_empty() {
+            break used;
+        }
+    };
+    assert_eq!(used[0].1, 72);
+}
+
+#[test]
+fn a_tap_that_fails_again_and_again_is_asked_ever_more_seldom() {
+    // An end of a pipe that is not for reading.
+    let (_reader, device) = rustix::pipe::pipe().unwrap();
+    let net = Net::with_tap(&config(serde_json::json!({})), Tap::of(device)).unwrap();
+    let net = Arc::new(Mutex::new(net));
+    let metrics = Arc::clone(net.lock().unwrap().metrics());
+    let mut driver = Driver::start(net.clone(), ALL);
+    driver.put(RX, &[for_driver(BUFFERS, 70_000)]);
+    driver.notify(RX);
+    driver.turn(20);
+    for fails in 1..5 {
+        while metrics.tap_read_fails.load(Ordering::Relaxed) < fails {
+            assert!(driver.turn_for(1, Duration::from_secs(60)) > 0, "it is not asked again");
+        }
+        let doubled = u32::try_from(metrics.tap_read_fails.load(Ordering::Relaxed) - 1).unwrap();
+        assert_eq!(net.lock().unwrap().retry_wait, RETRY_FIRST * 2u32.pow(doubled));
+    }
+    // Nothing but the timer asks: a driver that notifies does not.
+    for _ in 0..10 {
+        driver.notify(RX);
+    }
+    let before = metrics.tap_read_fails.load(Ordering::Relaxed);
+    net.lock().unwrap().retry.stop();
+    driver.turn(20);
+    assert_eq!(metrics.tap_read_fails.load(Ordering::Relaxed), before);
 }
 
 #[test]
