@@ -57,10 +57,15 @@ impl Client {
     /// # Errors
     /// Nobody listens there.
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
+        Self::with_patience(path, PATIENCE)
+    }
+
+    /// As [`Client::connect`]; no answer is waited for longer than `patience`.
+    pub(crate) fn with_patience(path: &Path, patience: Duration) -> Result<Self, ClientError> {
         let open = || {
             let stream = UnixStream::connect(path)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(patience))?;
+            stream.set_write_timeout(Some(patience))?;
             Ok(stream)
         };
         let stream = open().map_err(|source| ClientError::Connect {

@@ -307,9 +307,12 @@ mod tests {
 
     use super::*;
     use crate::backend::fake::Fake;
-    use crate::client::Client;
+    use crate::client::{Client, ClientError};
     use crate::scratch::Scratch;
     use crate::socket;
+
+    /// Far above what any answer takes on the slowest machine: only so that a failure does not hang.
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     struct Served {
         scratch: Scratch,
@@ -341,15 +344,16 @@ mod tests {
 
         fn connect(&self) -> UnixStream {
             let stream = UnixStream::connect(self.scratch.path("s")).unwrap();
-            // Far above what any answer takes: only so that a failure does not hang.
-            stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
             stream
         }
 
+        fn client(&self) -> Result<Client, ClientError> {
+            Client::with_patience(&self.scratch.path("s"), PATIENCE)
+        }
+
         fn answers(&self) -> bool {
-            Client::connect(&self.scratch.path("s"))
-                .and_then(|mut client| client.get("/version"))
-                .is_ok()
+            self.client().and_then(|mut client| client.get("/version")).is_ok()
         }
     }
 
@@ -464,7 +468,7 @@ mod tests {
     #[test]
     fn one_connection_too_many_is_told_so_and_others_are_served_on() {
         let served = Served::new();
-        let mut first = Client::connect(&served.scratch.path("s")).unwrap();
+        let mut first = served.client().unwrap();
         first.get("/version").unwrap();
         let idle: Vec<_> = (1..CONNECTIONS).map(|_| served.connect()).collect();
         // Connections are accepted in the order they were made.

@@ -269,13 +269,10 @@ impl ExitHandler for Probe {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Instant;
 
     #[test]
-    fn looking_takes_less_than_a_second_and_agrees_with_hardware() {
-        let begin = Instant::now();
+    fn looking_comes_to_an_end_and_agrees_with_hardware() {
         let status = kvm();
-        assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
         match &status.error {
             Some(error) => assert!(status.runs_stock_kernels == Some(false) && !error.to_string().contains('\n')),
             // Hardware runs every instruction there is. The converse is not ours to promise.

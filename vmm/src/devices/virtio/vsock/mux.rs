@@ -16,6 +16,8 @@
 //! end of a parting, which is to take what is held for it, has [`PARTING_PATIENCE`] from when it last took some: after that its place is
 //! another's, and what it did not take is lost.
 
+mod clients;
+
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Write};
 use std::net::Shutdown;
@@ -27,12 +29,11 @@ use std::time::{Duration, Instant};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::fd::OwnedFd;
-use rustix::net::RecvFlags;
 
 use super::connection::{Connection, Next, Verdict};
 use super::metrics::{VsockMetrics, count};
 use super::packet::{HOST_CID, Header, Op, Ports, STREAM};
-use super::socket::{Socket, port_of};
+use super::socket::Socket;
 use super::stream::{flush, read_into, write_through};
 use crate::devices::virtio::queue::Buffers;
 use crate::devices::virtio::timer::Timer;
@@ -48,8 +49,6 @@ pub const PATIENCE: Duration = Duration::from_secs(2);
 /// How long the host's end of a connection that the guest is through with may take nothing of what is held for it. A program that
 /// is alive reads sooner; one that is not would have the place for good.
 pub const PARTING_PATIENCE: Duration = Duration::from_secs(60);
-/// Longest greeting: `CONNECT 4294967295` and the end of a line are 19 or 20 bytes. Firecracker reads as much.
-const MAX_GREETING: usize = 32;
 /// The first port of the host's given to connections by the host; the last is one less than twice that. As
 /// Firecracker's.
 const FIRST_PORT: u32 = 1 << 30;
@@ -372,30 +371,6 @@ impl Mux {
         }
     }
 
-    /// Clients of the host's.
-    fn accept(&mut self, now: Instant) {
-        for _ in 0..A_TURN {
-            let stream = match self.socket.accept() {
-                Ok(stream) => stream,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
-                Err(error) => {
-                    tracing::warn!("vsock: cannot take in a connection by the host: {error}; trying again in a while");
-                    self.stop_listening();
-                    self.set_timer(now + PATIENCE, now);
-                    return;
-                }
-            };
-            if self.entries.len() >= MAX_CONNECTIONS {
-                tracing::debug!("vsock: there are {MAX_CONNECTIONS} connections: one more by the host is refused");
-                continue;
-            }
-            if let Ok(token) = self.add(stream, Stage::Greeting) {
-                self.set_deadline(token, PATIENCE, now);
-            }
-        }
-    }
-
     fn add(&mut self, stream: UnixStream, stage: Stage) -> io::Result<u64> {
         let token = self.next_token;
         self.next_token += 1;
@@ -467,55 +442,6 @@ impl Mux {
             return false;
         }
         true
-    }
-
-    /// What a client wants, if it has said so.
-    fn greeting(&mut self, token: u64, now: Instant) {
-        let Some(entry) = self.entries.get_mut(&token) else {
-            return;
-        };
-        // Only looked at: what follows the line is for the guest.
-        let mut start = [0; MAX_GREETING];
-        let len = match rustix::net::recv(&entry.stream, &mut start, RecvFlags::PEEK) {
-            Ok((len, _)) => len,
-            Err(rustix::io::Errno::WOULDBLOCK) => return,
-            Err(_) => 0,
-        };
-        let start = &start[..len];
-        let Some(end) = start.iter().position(|&byte| byte == b'\n') else {
-            if len == 0 || len == MAX_GREETING {
-                self.entries.remove(&token);
-            }
-            return;
-        };
-        let (mut line, port) = ([0; MAX_GREETING], port_of(&start[..end]));
-        let taken = rustix::net::recv(&entry.stream, &mut line[..=end], RecvFlags::empty());
-        let (Ok(_), Some(guest)) = (taken, port) else {
-            self.entries.remove(&token);
-            return;
-        };
-        let ports = self.assign(guest);
-        if let Some(entry) = self.entries.get_mut(&token) {
-            entry.stage = Stage::Connected(ports, Connection::by_host());
-            self.by_ports.insert(ports, token);
-            count(&self.metrics.conns_added, 1);
-            self.set_deadline(token, PATIENCE, now);
-            self.speak(token);
-        }
-    }
-
-    /// Ports for a connection by the host. There are far fewer connections than ports.
-    fn assign(&mut self, guest: u32) -> Ports {
-        loop {
-            let ports = Ports {
-                host: self.next_port,
-                guest,
-            };
-            self.next_port = FIRST_PORT | (self.next_port + 1) & (FIRST_PORT - 1);
-            if !self.by_ports.contains_key(&ports) {
-                return ports;
-            }
-        }
     }
 
     /// The timer's descriptor was readable: whoever has not answered by `now` is ended.
