@@ -21,7 +21,8 @@
 //!
 //! Notifications never arrive here: KVM turns the write into an eventfd's ([`Transport::NOTIFY`]). Interrupt status and its
 //! acknowledgement take no lock. Other registers take one that no I/O is done under. Configuration space, a reset and DRIVER_OK
-//! take the device's own, under which it does its I/O: none that waits, but for a disk with the Sync engine.
+//! take the device's own, under which it does its I/O: none that waits, but for a disk with the Sync engine, and for a change of a
+//! disk's file, which has a time limit.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};

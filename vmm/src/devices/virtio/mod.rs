@@ -265,19 +265,20 @@ impl DeviceEvents {
         };
         if result.is_err() {
             device.reset();
+            // Before a vCPU's thread can reset it: it would find what is over already.
+            self.interrupt.set_needs_reset();
         }
         if self.interrupt.is_resetting() {
             self.interrupt.set_resetting(device.is_resetting());
         }
         drop(device);
-        if let Err(error) = result {
-            self.interrupt.set_needs_reset();
-            if self.complaints.due() {
-                tracing::warn!(
-                    "{}: its driver broke the rules: {error}; it does nothing until it is reset",
-                    self.name
-                );
-            }
+        if let Err(error) = result
+            && self.complaints.due()
+        {
+            tracing::warn!(
+                "{}: its driver broke the rules: {error}; it does nothing until it is reset",
+                self.name
+            );
         }
     }
 }
