@@ -122,13 +122,13 @@ fn free_pages_come_back_when_hinted_at_and_when_reported() {
 #[test]
 fn a_balloon_that_may_deflates_when_the_guest_is_out_of_memory() {
     require_bed!(nohz_full);
-    // The guest has 256 MiB, of which Linux takes some 60. Beside the balloon there is no room for what it touches; in its place
-    // there is.
-    const AMOUNT: u64 = 112;
-    let plan = "balloon,sleep:3000,touch:128,forever";
+    // Of 192 MiB Linux leaves some 75. Beside the balloon there is no room for what the guest touches; in its place there is.
+    const AMOUNT: u64 = 48;
+    let plan = "balloon,sleep:1000,touch:48,forever";
     for deflate_on_oom in [true, false] {
         let balloon = json!({ "amount_mib": AMOUNT, "deflate_on_oom": deflate_on_oom, "stats_polling_interval_s": 1 });
-        let mut vm = Vm::serve_debian(plan, json!({ "balloon": balloon }));
+        let machine = json!({ "vcpu_count": 1, "mem_size_mib": 192 });
+        let mut vm = Vm::serve_debian(plan, json!({ "machine-config": machine, "balloon": balloon }));
         if !deflate_on_oom {
             vm.process.wait_for("Attempted to kill init");
             // As from Firecracker: the guest, which panicked, has rebooted.
@@ -150,12 +150,12 @@ fn a_balloon_that_may_deflates_when_the_guest_is_out_of_memory() {
 #[test]
 fn entropy_and_the_serial_port_are_limited_to_their_rates_within_5_percent_over_10_s() {
     require_bed!(nohz_full);
-    const ENTROPY: u64 = 16 << 10;
+    const ENTROPY: u64 = 2 << 10;
     const SERIAL: u64 = 1 << 10;
     let folder = Folder::new();
     let [serial, lines] = ["serial", "metrics"].map(|name| folder.join(name));
-    // A bucket's first filling is 1 % of 10 s.
-    let per_second = |rate: u64| json!({ "size": rate / 10, "refill_time": 100 });
+    // What a bucket of a second holds makes good for what a busy host holds the guest up.
+    let per_second = |rate: u64| json!({ "size": rate, "refill_time": 1000 });
     let sections = json!({
         "entropy": { "rate_limiter": { "bandwidth": per_second(ENTROPY) } },
         "serial": { "serial_out_path": serial, "rate_limiter": per_second(SERIAL) },
@@ -163,15 +163,18 @@ fn entropy_and_the_serial_port_are_limited_to_their_rates_within_5_percent_over_
     });
     // Both for longer than is measured.
     let mut vm = Vm::serve_debian("chatter:600000,hwrng:16777216", sections);
-    vm.wait_until("randomness", |vm| {
-        let counted = |line: &Value| line["entropy"]["entropy_bytes"].as_u64() > Some(0);
-        vm.metrics(&lines).iter().any(counted)
-    });
-    let written = || std::fs::metadata(&serial).expect("the serial port's file").len();
+    let written = || std::fs::metadata(&serial).map_or(0, |file| file.len());
+    // More than the bucket held at first, and some of it by the chatter.
+    vm.wait_until("output", |_| written() > 2 * SERIAL);
+    std::thread::sleep(Duration::from_secs(2));
     let (begun, before) = (Instant::now(), written());
-    let entropy = vm.rate(&lines, "/entropy/entropy_bytes", Duration::from_secs(10));
-    let serial = (written() - before) as f64 / begun.elapsed().as_secs_f64();
-    let shares = [entropy / ENTROPY as f64, serial / SERIAL as f64];
-    println!("of the limits: entropy {:.3}, serial port {:.3}", shares[0], shares[1]);
-    assert!(shares.iter().all(|share| (0.95..=1.05).contains(share)), "{shares:?}");
+    let entropy = vm.rate(&lines, "/entropy/entropy_bytes", Duration::from_secs(10)) / ENTROPY as f64;
+    let serial = (written() - before) as f64 / begun.elapsed().as_secs_f64() / SERIAL as f64;
+    println!("of the limits: entropy {entropy:.3}, serial port {serial:.3}");
+    for share in [entropy, serial] {
+        assert!(
+            (0.95..=1.05).contains(&share),
+            "entropy {entropy}, serial port {serial}"
+        );
+    }
 }

@@ -1,14 +1,14 @@
 //! Hands the guest over to the init of a root file system: what a distribution's initrd does, for one disk and no choices.
 //!
-//! Of the kernel's words (Documentation/admin-guide/kernel-parameters.txt) it knows `root=/dev/NAME`, `rootfstype=` (ext4 if not
-//! said), `ro`, `rw` and `init=`. The kernel itself, which heeds them where there is no initrd, cannot read a disk whose driver is
+//! Of the kernel's words (Documentation/admin-guide/kernel-parameters.txt) it knows `root=/dev/NAME`, `root=PARTUUID=` of a DOS
+//! partition table, `rootfstype=` (ext4 if not said), `ro`, `rw` and `init=`. The kernel itself, which heeds them where there is no initrd, cannot read a disk whose driver is
 //! a module.
 
 use std::ffi::CString;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -63,16 +63,17 @@ impl<'a> Root<'a> {
     }
 
     fn mount(&self) -> io::Result<()> {
-        if !self.device.starts_with("/dev/") {
-            return Err(io::Error::other(
-                "only a device's name, such as /dev/vda, is understood",
-            ));
-        }
+        let place = Place::of(self.device).ok_or_else(|| {
+            io::Error::other("only a device's name, such as /dev/vda, and PARTUUID=SSSSSSSS-PP are understood")
+        })?;
         for driver in ["virtio_mmio", "virtio_blk"] {
             modules::load(driver)?;
         }
         let begun = Instant::now();
-        while !Path::new(self.device).exists() {
+        let device = loop {
+            if let Some(device) = place.find() {
+                break device;
+            }
             if begun.elapsed() > PATIENCE {
                 return Err(io::Error::other(format!(
                     "no such disk came in {} s",
@@ -80,7 +81,7 @@ impl<'a> Root<'a> {
                 )));
             }
             thread::sleep(Duration::from_millis(10));
-        }
+        };
         let flags = if self.read_only {
             MountFlags::RDONLY
         } else {
@@ -88,8 +89,52 @@ impl<'a> Root<'a> {
         };
         fs::create_dir_all(ROOT)?;
         let kind = CString::new(self.kind)?;
-        Ok(mount(self.device, ROOT, &kind, flags, None)?)
+        Ok(mount(&device, ROOT, &kind, flags, None)?)
     }
+}
+
+/// What `root=` says.
+#[derive(Debug, PartialEq, Eq)]
+enum Place<'a> {
+    /// A device.
+    Name(&'a str),
+    /// A partition, by its number and by the signature of its disk (block/partitions/msdos.c).
+    Partition { signature: u32, number: u8 },
+}
+
+impl<'a> Place<'a> {
+    fn of(root: &'a str) -> Option<Self> {
+        let Some(partuuid) = root.strip_prefix("PARTUUID=") else {
+            return root.starts_with("/dev/").then_some(Self::Name(root));
+        };
+        let (signature, number) = partuuid.split_once('-').filter(|(s, n)| (s.len(), n.len()) == (8, 2))?;
+        Some(Self::Partition {
+            signature: u32::from_str_radix(signature, 16).ok()?,
+            number: u8::from_str_radix(number, 16).ok()?,
+        })
+    }
+
+    /// Its device, once that is there.
+    fn find(&self) -> Option<PathBuf> {
+        let device = match self {
+            Self::Name(name) => PathBuf::from(name),
+            Self::Partition { signature, number } => {
+                let disks = fs::read_dir("/sys/block").ok()?.flatten();
+                let mut disks = disks.map(|disk| Path::new("/dev").join(disk.file_name()));
+                let disk = disks.find(|disk| disk_signature(disk) == Some(*signature))?;
+                format!("{}{number}", disk.display()).into()
+            }
+        };
+        device.exists().then_some(device)
+    }
+}
+
+/// That of a disk with a DOS partition table.
+fn disk_signature(disk: &Path) -> Option<u32> {
+    let mut sector = [0; 512];
+    File::open(disk).ok()?.read_exact(&mut sector).ok()?;
+    let signature = sector[440..444].try_into().expect("four bytes");
+    sector.ends_with(&[0x55, 0xaa]).then(|| u32::from_le_bytes(signature))
 }
 
 /// Makes [`ROOT`] the root, the file systems of the kernel with it, and gives back the memory of this initramfs.
@@ -134,5 +179,23 @@ mod tests {
                 init: "/bin/sh",
             })
         );
+    }
+    #[test]
+    fn a_root_is_a_device_or_a_partition_of_a_disk_with_a_signature() {
+        assert_eq!(Place::of("/dev/vdb1"), Some(Place::Name("/dev/vdb1")));
+        let partition = Place::Partition {
+            signature: 0x0eaa_91a0,
+            number: 0x1f,
+        };
+        assert_eq!(Place::of("PARTUUID=0eaa91a0-1f"), Some(partition));
+        for other in [
+            "LABEL=root",
+            "PARTUUID=eaa91a0-1f",
+            "PARTUUID=0eaa91a0-1f/PARTNROFF=1",
+            "PARTUUID=",
+            "vda",
+        ] {
+            assert_eq!(Place::of(other), None, "{other}");
+        }
     }
 }
