@@ -1,9 +1,6 @@
 //! The balloon and the entropy device, with Linux's drivers: what a guest does without the host has back, and randomness comes.
 
-use std::time::{Duration, Instant};
-
 use serde_json::{Value, json};
-use tests::bed::Folder;
 use tests::require_bed;
 use tests::vm::Vm;
 
@@ -145,37 +142,5 @@ fn a_balloon_that_may_deflates_when_the_guest_is_out_of_memory() {
             vm.process.wait_for("Out of memory");
             assert_eq!(statistics(&vm)["actual_mib"], amount);
         }
-    }
-}
-
-#[test]
-fn entropy_and_the_serial_port_are_limited_to_their_rates_within_5_percent_over_10_s() {
-    require_bed!(nohz_full);
-    const ENTROPY: u64 = 2 << 10;
-    const SERIAL: u64 = 1 << 10;
-    let folder = Folder::new();
-    let [serial, lines] = ["serial", "metrics"].map(|name| folder.join(name));
-    // What a bucket of a second holds makes good for what a busy host holds the guest up.
-    let per_second = |rate: u64| json!({ "size": rate, "refill_time": 1000 });
-    let sections = json!({
-        "entropy": { "rate_limiter": { "bandwidth": per_second(ENTROPY) } },
-        "serial": { "serial_out_path": serial, "rate_limiter": per_second(SERIAL) },
-        "metrics": { "metrics_path": lines },
-    });
-    // Both for longer than is measured.
-    let mut vm = Vm::serve_debian("chatter:600000,hwrng:16777216", sections);
-    let written = || std::fs::metadata(&serial).map_or(0, |file| file.len());
-    // More than the bucket held at first, and some of it by the chatter.
-    vm.wait_until("output", |_| written() > 2 * SERIAL);
-    std::thread::sleep(Duration::from_secs(2));
-    let (begun, before) = (Instant::now(), written());
-    let entropy = vm.rate(&lines, "/entropy/entropy_bytes", Duration::from_secs(10)) / ENTROPY as f64;
-    let serial = (written() - before) as f64 / begun.elapsed().as_secs_f64() / SERIAL as f64;
-    println!("of the limits: entropy {entropy:.3}, serial port {serial:.3}");
-    for share in [entropy, serial] {
-        assert!(
-            (0.95..=1.05).contains(&share),
-            "entropy {entropy}, serial port {serial}"
-        );
     }
 }
