@@ -34,6 +34,7 @@ pub fn quick_start(layout: &Layout) -> Result<()> {
     let job = bed::Job {
         script: format!("set -e\n{}", self::script(PAGE, "console,host")),
         chronovisor: &build::chronovisor(layout)?,
+        cpu: bed::Cpu::Any,
         programs: Vec::new(),
         disk: None,
         limit: LIMIT,
