@@ -16,6 +16,7 @@ pub mod interrupts;
 pub mod kernel;
 pub mod over;
 pub mod prometheus;
+pub mod python;
 pub mod row;
 pub mod terminal;
 pub mod trace;

@@ -4,7 +4,6 @@
 //! `cargo xtask test` installs them; tests/clients/ has a driver for each, which prints what came of it as JSON, the host in
 //! which it does (its own mounts and network), and what stands in for what a test machine lacks around it.
 
-use std::path::Path;
 use std::process::Command;
 
 use accounting::Reading;
@@ -13,6 +12,7 @@ use accounting::reading::VcpuState;
 use serde_json::{Value, json};
 use tests::bed::{self, Folder};
 use tests::flat::{Program, elf};
+use tests::python;
 use tests::require_bed;
 use tests::vm::Process;
 
@@ -20,19 +20,7 @@ const SCRIPTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/clients");
 
 /// What keeps `client` from being driven here.
 fn lacking(client: &str) -> Result<(), String> {
-    if let Some(why) = std::env::var_os("CHRONOVISOR_CLIENTS_LACK") {
-        return Err(why.to_string_lossy().into_owned());
-    }
-    let Some(environments) = std::env::var_os("CHRONOVISOR_CLIENTS") else {
-        return Err("there is no Python here, as in the emulated host, or `cargo xtask test` did not run this".into());
-    };
-    let python = Path::new(&environments).join(client).join("bin/python");
-    if !python.exists() {
-        return Err(format!("{} is missing", python.display()));
-    }
-    if !rustix::process::geteuid().is_root() {
-        return Err("the client makes taps, for which one has to be root".into());
-    }
+    python::of(client)?;
     match std::fs::metadata("/dev/net/tun") {
         Ok(_) => Ok(()),
         Err(error) => Err(format!("/dev/net/tun: {error}")),
@@ -44,8 +32,7 @@ fn drive(client: &str, driver: &str) -> Value {
     let folder = Folder::new();
     let kernel = folder.write("flat", elf(&Program::reset_by_key()));
     let disk = folder.write("disk.ext4", vec![0; 1 << 20]);
-    let environments = std::env::var_os("CHRONOVISOR_CLIENTS").expect("looked for");
-    let python = Path::new(&environments).join(client).join("bin/python");
+    let python = python::of(client).expect("looked for");
 
     let mut command = Command::new("unshare");
     // Whatever the driver leaves running ends with it.

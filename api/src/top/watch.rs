@@ -238,7 +238,7 @@ mod tests {
     use crate::socket;
 
     /// A microVM that serves its API at `path`.
-    fn serve(path: &Path) -> (Server, Arc<socket::SocketFile>) {
+    fn serve(path: &Path) -> (Server, Arc<vmm::unix_socket::SocketFile>) {
         let (unix, file) = socket::bind(path).unwrap();
         let listeners = Listeners {
             unix: Some(unix),

@@ -1,5 +1,6 @@
-//! Firecracker's clients from the Python registry, which the tests drive: installed as they are, each into an environment of
-//! its own, for two of them are packages of the same name.
+//! What the tests have from the Python registry: Firecracker's clients, which they drive, and schemathesis, which asks what the
+//! document of the API says. Installed as they are, each into an environment of its own, for two of them are packages of the
+//! same name.
 //!
 //! The versions, and the sum of each file, are in tests/clients/*.txt. The network is touched only when one of those files
 //! is new.
@@ -14,8 +15,13 @@ use crate::layout::Layout;
 use crate::progress::Progress;
 use crate::{debian, setup};
 
-/// Each client; its requirements are in tests/clients/NAME.txt.
-const CLIENTS: [&str; 3] = ["firecracker-python", "hysn-firecracker-python", "microheart"];
+/// Each of them; its requirements are in tests/clients/NAME.txt.
+const CLIENTS: [&str; 4] = [
+    "firecracker-python",
+    "hysn-firecracker-python",
+    "microheart",
+    "schemathesis",
+];
 
 /// What the clients and their drivers run, and the packages that have it.
 const COMMANDS: [(&str, &str); 5] = [

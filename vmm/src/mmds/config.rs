@@ -8,6 +8,11 @@ use thiserror::Error;
 /// Where the service is without `ipv4_address`.
 pub const DEFAULT_IPV4: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
+/// What [`is_host_link_local`] takes.
+#[cfg(feature = "schema")]
+const HOST_LINK_LOCAL: &str =
+    r"^169\.254\.([1-9]|[1-9]\d|1\d\d|2[0-4]\d|25[0-4])\.(\d|[1-9]\d|1\d\d|2[0-4]\d|25[0-5])$";
+
 /// How a guest must ask.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -29,10 +34,11 @@ pub struct MmdsConfig {
     #[serde(default)]
     pub version: Version,
     /// Ids of the network interfaces that reach the service.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1)))]
     pub network_interfaces: Vec<String>,
     /// The service's address.
     #[serde(default = "default_ipv4", deserialize_with = "ipv4_or_null")]
-    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::NullOr<Ipv4Addr>"))]
+    #[cfg_attr(feature = "schema", schemars(with = "crate::schema::NullOr<Ipv4Addr>", regex(pattern = HOST_LINK_LOCAL)))]
     pub ipv4_address: Ipv4Addr,
     /// Whether every answer is IMDS text, whatever `Accept` says.
     #[serde(default)]

@@ -37,10 +37,16 @@ fn shapes(contract: Contract) -> SchemaGenerator {
     settings.with_transform(RecursiveTransform(tidy)).into_generator()
 }
 
-/// Says how large an integer of 64 bits may be, and takes rustdoc's brackets out of descriptions.
+/// Says how large an integer may be, and takes rustdoc's brackets out of descriptions.
 fn tidy(schema: &mut Schema) {
-    if matches!(schema.get("format").and_then(Value::as_str), Some("uint64" | "uint")) {
-        schema.insert("maximum".into(), u64::MAX.into());
+    let most = match schema.get("format").and_then(Value::as_str) {
+        Some("uint32") => Some(u32::MAX.into()),
+        Some("uint64" | "uint") => Some(u64::MAX),
+        // Of the smaller ones schemars says it.
+        _ => None,
+    };
+    if let (Some(most), None) = (most, schema.get("maximum")) {
+        schema.insert("maximum".into(), most.into());
     }
     if let Some(Value::String(text)) = schema.get_mut("description") {
         *text = plain(text);
