@@ -77,7 +77,8 @@ fn before_the_start_each_answer_is_as_the_document_says() {
 fn while_a_guest_runs_each_answer_is_as_the_document_says() {
     require_schemathesis!();
     let files = Folder::new();
-    files.write("kernel", elf(&Program::halt()));
+    // One that Ctrl-Alt-Del has no effect on: schemathesis presses it.
+    files.write("kernel", elf(&Program::spin_forever()));
     files.write("data", vec![0; 1 << 20]);
     let config = json!({
         "boot-source": { "kernel_image_path": "/kernel" },
