@@ -132,9 +132,12 @@ fn entropy_and_the_serial_port_are_limited_to_their_rates_within_5_percent_over_
     // Both for longer than is measured.
     let mut vm = Vm::serve_debian("chatter:600000,hwrng:16777216", sections);
     let written = || std::fs::metadata(&serial).map_or(0, |file| file.len());
-    // More than the bucket held at first, and some of it by the chatter.
-    vm.wait_until("output", |_| written() > 2 * SERIAL);
-    std::thread::sleep(Duration::from_secs(2));
+    // Both buckets have to be empty first: more has come than they held, and more is asked for.
+    vm.wait_until("output, and a wait for randomness", |vm| {
+        std::thread::sleep(Duration::from_millis(500));
+        let waits = |line: &Value| line["entropy"]["entropy_rate_limiter_throttled"].as_u64() > Some(0);
+        written() > 2 * SERIAL && vm.metrics(&lines).iter().any(waits)
+    });
     let (begun, before) = (Instant::now(), written());
     let entropy = vm.rate(&lines, "/entropy/entropy_bytes", Duration::from_secs(10)) / ENTROPY as f64;
     let serial = (written() - before) as f64 / begun.elapsed().as_secs_f64() / SERIAL as f64;

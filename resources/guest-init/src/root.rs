@@ -1,8 +1,8 @@
 //! Hands the guest over to the init of a root file system: what a distribution's initrd does, for one disk and no choices.
 //!
 //! Of the kernel's words (Documentation/admin-guide/kernel-parameters.txt) it knows `root=/dev/NAME`, `root=PARTUUID=` of a DOS
-//! partition table, `rootfstype=` (ext4 if not said), `ro`, `rw` and `init=`. The kernel itself, which heeds them where there is no initrd, cannot read a disk whose driver is
-//! a module.
+//! partition table, `rootfstype=` (ext4 if not said), `ro`, `rw` and `init=`. The kernel itself, which heeds them where there is no
+//! initrd, cannot read a disk whose driver is a module.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -180,6 +180,7 @@ mod tests {
             })
         );
     }
+
     #[test]
     fn a_root_is_a_device_or_a_partition_of_a_disk_with_a_signature() {
         assert_eq!(Place::of("/dev/vdb1"), Some(Place::Name("/dev/vdb1")));
