@@ -1,10 +1,11 @@
-//! What the end-to-end suites share: the beds, a microVM under test, a client, a terminal.
+//! What the end-to-end suites share: the beds, a microVM under test, a client, a terminal, a browser.
 //!
 //! A suite is a file of `tests/tests/`, named for its bed: `kvm_*` wants `/dev/kvm`, `nohz_full_*` wants to be inside
 //! the emulated `nohz_full` host, the rest run anywhere. A test whose bed is missing says so in one line and ends;
 //! `cargo xtask test` counts such lines by name.
 
 pub mod bed;
+pub mod browser;
 pub mod client;
 pub mod connection;
 pub mod crowd;

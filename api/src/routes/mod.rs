@@ -17,6 +17,7 @@ mod machine;
 mod mmds;
 mod outputs;
 mod stream;
+mod ui;
 mod unsupported;
 mod vcpus;
 mod vm;
@@ -173,6 +174,7 @@ pub fn router(shared: Shared, limits: Limits) -> Router {
         .route("/vcpus/{index}/affinity", get(vcpus::affinity).put(vcpus::put_affinity))
         .route("/vcpus/{index}/histograms", get(vcpus::histograms))
         .route("/host", get(host::get))
+        .route("/ui", get(ui::page))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .layer(middleware::from_fn_with_state((shared.clone(), limits), admit))

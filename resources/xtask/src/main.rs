@@ -7,6 +7,7 @@ mod accuracy;
 mod bed;
 mod bench;
 mod build;
+mod chromium;
 mod clients;
 mod cpio;
 mod debian;
@@ -45,7 +46,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Get what the others need: Debian packages, the kernel, the guest's initramfs, Firecracker's Python clients
+    /// Get what the others need: Debian packages, the kernel, the guest's initramfs, Firecracker's Python clients, a browser
     ///
     /// As root, installs the packages that this machine lacks; else prints the line that does. The kernel and busybox are
     /// only downloaded and unpacked. A second run touches no network.
@@ -114,9 +115,11 @@ fn run(task: Task) -> Result<u8> {
             debian::install_missing()?;
             let kit = setup::setup(&layout)?;
             let clients = clients::install(&layout)?;
+            let chromium = chromium::install()?;
             println!("guest kernel     {}", kit.vmlinux.display());
             println!("guest initramfs  {}", kit.initramfs.display());
             println!("Python clients   {}", clients.display());
+            println!("browser          {}", chromium.display());
             Ok(DONE)
         }
         Task::Rootfs => {

@@ -19,7 +19,7 @@ use crate::build::{self, TestProgram};
 use crate::layout::Layout;
 use crate::libtest::{Parser, Tally};
 use crate::process::follow;
-use crate::{bed, clients, debian, rootfs, setup};
+use crate::{bed, chromium, clients, debian, rootfs, setup};
 
 /// Where tests run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -66,8 +66,9 @@ impl Bed {
 pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<bool> {
     // What needs the guest, or QEMU, says so where it lacks: the other tests need neither.
     let kit = debian::install_missing().and_then(|()| setup::setup(layout));
-    let wants_clients = only.is_none_or(|only| only == Bed::Kvm);
-    let clients = wants_clients.then(|| clients::install(layout));
+    let on_kvm = only.is_none_or(|only| only == Bed::Kvm);
+    let clients = on_kvm.then(|| clients::install(layout));
+    let chromium = on_kvm.then(chromium::install);
     let built = build::everything(layout)?;
     let mut tallies = Vec::new();
     for bed in BEDS.into_iter().filter(|&bed| only.is_none_or(|only| only == bed)) {
@@ -78,6 +79,7 @@ pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<
             chronovisor: &built.chronovisor,
             programs: &programs,
             clients: clients.as_ref(),
+            chromium: chromium.as_ref(),
             filter,
         };
         let tally = match bed {
@@ -130,6 +132,8 @@ struct Run<'a> {
     programs: &'a [&'a TestProgram],
     /// The environments of Firecracker's clients, where the bed has tests of them.
     clients: Option<&'a Result<PathBuf>>,
+    /// Likewise the browser.
+    chromium: Option<&'a Result<PathBuf>>,
     filter: Option<&'a str>,
 }
 
@@ -290,12 +294,17 @@ impl Run<'_> {
             .current_dir(&program.package)
             .env("CARGO_MANIFEST_DIR", &program.package);
         command.env("CHRONOVISOR_BED", self.layout.bed()).stdin(Stdio::null());
-        match self.clients {
-            Some(Ok(environments)) => command.env("CHRONOVISOR_CLIENTS", environments),
-            // For the one line that says what was skipped.
-            Some(Err(error)) => command.env("CHRONOVISOR_CLIENTS_LACK", format!("{error:#}").replace('\n', " ")),
-            None => &mut command,
-        };
+        for (made, there, lacks) in [
+            (self.clients, "CHRONOVISOR_CLIENTS", "CHRONOVISOR_CLIENTS_LACK"),
+            (self.chromium, "CHRONOVISOR_CHROMIUM", "CHRONOVISOR_CHROMIUM_LACKS"),
+        ] {
+            match made {
+                Some(Ok(path)) => command.env(there, path),
+                // For the one line that says what was skipped.
+                Some(Err(error)) => command.env(lacks, format!("{error:#}").replace('\n', " ")),
+                None => &mut command,
+            };
+        }
         command
     }
 }

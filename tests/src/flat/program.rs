@@ -187,6 +187,21 @@ impl Program {
         Self { code, ring: 3 }
     }
 
+    /// For ever: spins for 2^30 ticks, then exits to STORM over and over for as long. On 2 GHz each takes half a second.
+    #[must_use]
+    pub fn by_turns() -> Self {
+        let code = vec![
+            // again:
+            0x0f, 0x31, //                               rdtsc
+            0xa9, 0x00, 0x00, 0x00, 0x40, //             test   $(1 << 30), %eax
+            0x74, 0xf7, //                               jz     again
+            0x66, 0xba, 0x0c, 0x05, //                   mov    $STORM, %dx
+            0xef, //                                     out    %eax, %dx
+            0xeb, 0xf0, //                               jmp    again
+        ];
+        Self { code, ring: 3 }
+    }
+
     /// `exits` times an exit to STORM, counted by the guest itself; then it reports its count, and DONE. 0 is 2^64.
     #[must_use]
     pub fn exit_storm(exits: u64) -> Self {
