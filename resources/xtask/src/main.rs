@@ -21,6 +21,7 @@ mod modules;
 mod process;
 mod progress;
 mod rootfs;
+mod screenshots;
 mod setup;
 mod streams;
 mod testing;
@@ -86,6 +87,10 @@ enum Task {
     /// Five minutes, on this machine's /dev/kvm. What matters is how long others wait for a reading meanwhile, and that it
     /// costs no memory but what each connection takes: figures for a quiet machine.
     Streams,
+    /// Take pictures of the page GET /ui and of chronovisor top, for docs/screenshots
+    ///
+    /// Of a guest on this machine's /dev/kvm, by Chromium and tmux. Look at them before they are kept.
+    Screenshots,
     /// Open a shell in the emulated host, where CPUs 1 and 2 are tickless, or run a script there
     ///
     /// The chronovisor program and the Debian guest are in /bed, the test programs in /tests. Leave the shell with exit,
@@ -136,6 +141,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Bench => bench::bench(&layout).map(|()| DONE),
         Task::Accuracy => accuracy::accuracy(&layout).map(|()| DONE),
         Task::Streams => streams::streams(&layout).map(|()| DONE),
+        Task::Screenshots => screenshots::screenshots(&layout).map(|()| DONE),
         Task::Host(host) => host.run(&layout),
         Task::Lint => lint(&layout).map(|()| DONE),
     }
