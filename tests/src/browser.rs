@@ -40,6 +40,7 @@ pub struct Browser {
     from: Receiver<Value>,
     session: Option<String>,
     id: u64,
+    loaded: bool,
     errors: Vec<String>,
     _profile: Folder,
 }
@@ -98,6 +99,7 @@ impl Browser {
             from,
             session: None,
             id: 0,
+            loaded: false,
             errors: Vec::new(),
             _profile: profile,
         };
@@ -107,7 +109,7 @@ impl Browser {
             json!({ "targetId": target["targetId"], "flatten": true }),
         );
         browser.session = attached["sessionId"].as_str().map(str::to_owned);
-        for domain in ["Page", "Runtime", "Log", "Network"] {
+        for domain in ["Page", "Runtime", "Log"] {
             browser.call(&format!("{domain}.enable"), json!({}));
         }
         browser
@@ -127,12 +129,7 @@ impl Browser {
         sent.unwrap_or_else(|e| panic!("Chromium takes no {method}: {e} ({:?})", self.child.try_wait()));
         let begun = Instant::now();
         loop {
-            let left = PATIENCE.saturating_sub(begun.elapsed());
-            let mut answer = match self.from.recv_timeout(left) {
-                Ok(answer) => answer,
-                Err(RecvTimeoutError::Timeout) => panic!("{method} was never answered"),
-                Err(RecvTimeoutError::Disconnected) => panic!("Chromium has ended: {:?}", self.child.wait()),
-            };
+            let mut answer = self.receive(method, begun);
             if answer["id"] == self.id {
                 assert!(answer["error"].is_null(), "{method}: {}", answer["error"]);
                 return answer["result"].take();
@@ -141,9 +138,19 @@ impl Browser {
         }
     }
 
+    /// The next message, while `awaited` is waited for since `begun`.
+    fn receive(&mut self, awaited: &str, begun: Instant) -> Value {
+        match self.from.recv_timeout(PATIENCE.saturating_sub(begun.elapsed())) {
+            Ok(message) => message,
+            Err(RecvTimeoutError::Timeout) => panic!("{awaited} was never answered"),
+            Err(RecvTimeoutError::Disconnected) => panic!("Chromium has ended: {:?}", self.child.wait()),
+        }
+    }
+
     /// Keeps what a developer would see in red or yellow.
     fn note(&mut self, event: &Value) {
         let params = &event["params"];
+        self.loaded |= event["method"] == "Page.loadEventFired";
         let error = match event["method"].as_str().unwrap_or_default() {
             "Runtime.exceptionThrown" => Some(params["exceptionDetails"].to_string()),
             "Runtime.consoleAPICalled" if ["error", "warning", "assert"].iter().any(|t| params["type"] == *t) => {
@@ -158,13 +165,19 @@ impl Browser {
         self.errors.extend(error);
     }
 
-    /// Opens `url`.
+    /// Opens `url`, and returns once its script has run.
     ///
     /// # Panics
     /// When nobody answers there.
     pub fn open(&mut self, url: &str) {
+        let begun = Instant::now();
+        self.loaded = false;
         let opened = self.call("Page.navigate", json!({ "url": url }));
         assert!(opened["errorText"].is_null(), "{url}: {}", opened["errorText"]);
+        while !self.loaded {
+            let event = self.receive(url, begun);
+            self.note(&event);
+        }
     }
 
     /// The value of an expression in the page, or of the promise it gives.

@@ -1,5 +1,4 @@
-//! What the end-to-end suites share: the beds, a microVM under test, a client, a terminal,
-//! a browser.
+//! What the end-to-end suites share: the beds, a microVM under test, a client, a terminal, a browser.
 //!
 //! A suite is a file of `tests/tests/`, named for its bed: `kvm_*` wants `/dev/kvm`, `nohz_full_*` wants to be inside
 //! the emulated `nohz_full` host, the rest run anywhere. A test whose bed is missing says so in one line and ends;

@@ -24,8 +24,8 @@ const PAGE: &str = concat!(
 /// the tags). A test names the hashes that belong here.
 const POLICY: &str = concat!(
     "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; ",
-    "style-src 'sha256-q2m0lCUKtRcggBiIqbXOvoq/Ar0j+MAMNBBNFwVf/cg='; ",
-    "script-src 'sha256-YZ2Dr9IBsW6O85wZh08YoJ7qIw4CtYeuBtygJ/FeFXk='",
+    "style-src 'sha256-dwzJq02l6ByKVtrOmPyoJVjpiUZo2e/PL6iOqu4LI4c='; ",
+    "script-src 'sha256-pB7QKKuxnS2p5TV1oE/OsB0ZGAT9epeaUrRY+MglKpw='",
 );
 
 pub(super) async fn page() -> Response {

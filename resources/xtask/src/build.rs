@@ -153,6 +153,13 @@ pub fn streams(layout: &Layout) -> Result<PathBuf> {
     program(&messages, "streams")
 }
 
+/// What takes screenshots, and the `chronovisor` program that they are of, which is linked into the bed.
+pub fn screenshots(layout: &Layout) -> Result<PathBuf> {
+    let messages = cargo_build(layout, PROFILE, &["--package=api", "--package=tests", "--bins"])?;
+    into_bed(layout, program(&messages, "chronovisor")?)?;
+    program(&messages, "screenshots")
+}
+
 /// `cargo test --doc`, built as the rest is.
 pub fn doc_tests(layout: &Layout) -> Command {
     let mut command = base(layout);

@@ -24,6 +24,7 @@ mod progress;
 mod prometheus;
 mod quick_start;
 mod rootfs;
+mod screenshots;
 mod setup;
 mod streams;
 mod testing;
@@ -97,6 +98,10 @@ enum Task {
     ///
     /// What it says are the routes of api/src/routes/list.rs and the types that they read and write; a test compares it.
     Openapi,
+    /// Take pictures of the page GET /ui and of chronovisor top, for docs/screenshots
+    ///
+    /// Of a guest on this machine's /dev/kvm, by Chromium and tmux. Look at them before they are kept.
+    Screenshots,
     /// Open a shell in the emulated host, where CPUs 1 and 2 are tickless, or run a script there
     ///
     /// The chronovisor program and the Debian guest are in /bed, the test programs in /tests. Leave the shell with exit,
@@ -150,6 +155,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Accuracy => accuracy::accuracy(&layout).map(|()| DONE),
         Task::Streams => streams::streams(&layout).map(|()| DONE),
         Task::Openapi => openapi::write(&layout).map(|()| DONE),
+        Task::Screenshots => screenshots::screenshots(&layout).map(|()| DONE),
         Task::Host(host) => host.run(&layout),
         Task::Lint => lint(&layout).map(|()| DONE),
     }

@@ -14,7 +14,7 @@ use crate::{build, chromium, debian};
 /// Takes them all, in the place of those that are there.
 pub fn screenshots(layout: &Layout) -> Result<()> {
     let chromium = chromium::install()?;
-    debian::install(&[("tmux", "tmux")])?;
+    debian::install(&[("tmux", "tmux"), ("pngquant", "pngquant")])?;
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     kvm.context("a guest is to be looked at, but /dev/kvm cannot be opened")?;
     let program = build::screenshots(layout)?;

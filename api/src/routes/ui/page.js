@@ -83,7 +83,8 @@ class Vcpu {
     row.querySelector("a").textContent = `vCPU ${index}`;
     this.overview = row;
     this.pieces = MODES.map(mode => svg(row.querySelector("svg"), "rect", { class: mode, height: "100%" }));
-    this.forget();
+    this.last = this.before = this.shares = null;
+    this.samples = [];
   }
 
   // A row of a table of this vCPU's: its head, and so many cells.
@@ -98,22 +99,18 @@ class Vcpu {
     return row;
   }
 
-  forget() {
-    this.last = this.before = null;
-    this.samples = [];
+  // Whether a reading is of another microVM's, which answers at the same address: its totals have nothing to do with these.
+  is_other({ tid, elapsed_ns }) {
+    return tid !== this.last.tid || elapsed_ns < this.last.elapsed_ns;
   }
 
   take(reading) {
-    // Another microVM answers at the same address: its totals have nothing to do with those before.
-    if (this.last && (this.last.tid !== reading.tid || this.last.elapsed_ns > reading.elapsed_ns)) this.forget();
     const before = this.last;
-    if (before && reading.elapsed_ns === before.elapsed_ns) return;
-    this.last = reading;
+    if (before?.elapsed_ns === reading.elapsed_ns) return;
+    [this.before, this.last] = [before, reading];
     if (before) {
-      this.before = before;
-      this.shares = MODES.map(mode => Number(reading.modes[`${mode}_ns`] - before.modes[`${mode}_ns`]) / Number(reading.elapsed_ns - before.elapsed_ns));
-    } else {
-      this.shares = null;
+      const elapsed = Number(reading.elapsed_ns - before.elapsed_ns);
+      this.shares = MODES.map(mode => Number(reading.modes[`${mode}_ns`] - before.modes[`${mode}_ns`]) / elapsed);
     }
     const { lower, upper } = reading.gtime_bounds_ns;
     this.samples.push({
@@ -125,7 +122,6 @@ class Vcpu {
 
   draw(window_ns) {
     const r = this.last;
-    if (!r) return;
     const busy = r.state === "exited" ? "" : ` for ${span(Number(r.pending.delta_ns))} so far`;
     this.facts(".state", [`${r.state}${busy}`, `guest time by ${r.source}`]);
     const { cpu, pinned, nohz_full, isolated, tick_stopped } = r.host_cpu;
@@ -258,7 +254,7 @@ class Vcpu {
 /* The connection */
 
 const vcpus = [];
-let source = null, heard = 0, retry = 0, held = false, drawn = false;
+let stream = null, heard = 0, retry = 0, held = false, drawn = false;
 
 const interval_ms = () => Number($("interval").value);
 
@@ -268,66 +264,92 @@ function say(what, kind) {
   document.body.classList.toggle("stale", kind === "lost");
 }
 
-function connect() {
+// What the server answers when it refuses.
+class Refused extends Error {}
+
+async function ask(path, signal) {
+  const response = await fetch(path, { signal, cache: "no-store" });
+  if (!response.ok) throw new Refused((await response.json()).fault_message);
+  return response;
+}
+
+// Follows the stream to its end. Not by EventSource, which does not tell why it was refused.
+async function follow(signal) {
+  const response = await ask(`vcpus/stream?interval_ms=${interval_ms()}`, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const data = /^event: reading\ndata: (.*)$/.exec(event);
+      if (data) take(parse(data[1]));
+    }
+  }
+}
+
+async function connect() {
   disconnect();
   if (held || document.hidden) return;
   heard = Date.now();
-  source = new EventSource(`vcpus/stream?interval_ms=${interval_ms()}`);
-  source.addEventListener("reading", event => take(parse(event.data)));
-  source.onerror = lost;
+  const mine = stream = new AbortController();
   look();
+  const error = await follow(mine.signal).catch(error => error);
+  if (stream === mine) lost(error);
 }
 
 function disconnect() {
   clearTimeout(retry);
-  source?.close();
-  source = null;
+  stream?.abort();
+  stream = null;
 }
 
-function lost() {
+function lost(error) {
   disconnect();
-  const since = new Date(heard).toLocaleTimeString();
-  const last = vcpus.length ? `These are the last figures, of ${since}. ` : "";
-  say(vcpus.length && vcpus.every(vcpu => vcpu.last.state === "exited")
-    ? "The microVM has ended. These are its last figures."
-    : `Connection lost: the microVM has ended, or its API cannot be reached. ${last}Trying again every ${RETRY_MS / 1000} s.`, "lost");
   retry = setTimeout(connect, RETRY_MS);
+  const why = error instanceof Refused ? error.message : "The microVM has ended, or its API cannot be reached.";
+  const last = vcpus.length ? ` These are the last figures, of ${new Date(heard).toLocaleTimeString()}.` : "";
+  say(`Connection lost. ${why}${last} Trying again every ${RETRY_MS / 1000} s.`, "lost");
 }
 
-// Who answers, and why there are no readings where there are none. The stream is silent until the guest's start, and a connection
-// that hangs is too.
+// Who answers, and why there are no readings where there are none: there are none before the guest's start, nor where a
+// connection hangs.
 async function look() {
-  const asked = source;
+  const asked = stream;
   try {
-    const info = await (await fetch("./", { signal: AbortSignal.timeout(5000) })).json();
+    const info = await (await ask("./", AbortSignal.timeout(5000))).json();
     text($("vm"), info.id);
     document.title = `${info.id} – Chronovisor`;
-    if (source === asked && info.state === "Not started") {
+    if (stream === asked && info.state === "Not started") {
       vcpus.splice(0);
       arrange();
       say("Not started yet: there are no vCPUs to read. Waiting for the guest's start.", "waiting");
       heard = Date.now();
-    } 
-  } catch {
-    if (source === asked) lost();
+    }
+  } catch (error) {
+    if (stream === asked) lost(error);
   }
 }
 
 setInterval(() => {
-  if (source && Date.now() - heard > Math.max(2 * interval_ms(), 2000)) look();
+  if (stream && Date.now() - heard > Math.max(2 * interval_ms(), 2000)) look();
 }, 1000);
 
 function take(reading) {
   heard = Date.now();
   const index = Number(reading.index);
+  if (vcpus[index]?.is_other(reading)) vcpus.splice(0);
   if (!vcpus[index]) {
     vcpus[index] = new Vcpu(index);
     arrange();
   }
   vcpus[index].take(reading);
-  const paused = vcpus.every(vcpu => vcpu.last?.state === "paused");
-  const every = span(interval_ms() * 1e6);
-  say(paused ? `Paused by request: every vCPU is held. A reading every ${every}.` : `Live: a reading every ${every}.`, "live");
+  const every = `A reading every ${span(interval_ms() * 1e6)}.`;
+  const all = state => vcpus.every(vcpu => vcpu.last.state === state);
+  if (all("paused")) say(`Paused by request: every vCPU is held. ${every}`, "live");
+  else if (all("exited")) say("The guest has ended: its vCPUs' figures stand still.", "live");
+  else say(`Live. ${every}`, "live");
   changed();
 }
 
