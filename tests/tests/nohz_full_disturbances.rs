@@ -328,8 +328,8 @@ fn a_limit_on_cpu_time_is_named_by_check_and_over_the_api() {
 /// The unified hierarchy with one cgroup that has a quota: more than all CPUs can use, so that nobody is ever held back.
 ///
 /// One that binds can hold up the host. On a CPU without a tick a task runs past its quota until the tick that another CPU
-/// keeps for it, once a second (`sched_tick_remote`), and is then off its CPU until the excess is paid back, with whatever it
-/// holds in the kernel; for the whole of that time not even SIGKILL ends it.
+/// keeps for it, once a second (`sched_tick_remote`), and is then off its CPU until the excess is paid back: here for 1.5 s at a
+/// time, with whatever it holds in the kernel, and not even SIGKILL ends it meanwhile.
 struct Quota;
 
 impl Quota {

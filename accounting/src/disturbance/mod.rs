@@ -6,11 +6,14 @@
 //! | disturbance | evidence | the tick | source `vtime` |
 //! |---|---|---|---|
 //! | `rlimit_cpu` | `getrlimit` | runs | stays true |
-//! | `cfs_quota` | `cpu.max`, `cpu.cfs_quota_us` of the cgroup and its ancestors | runs | stays true |
+//! | `cfs_quota` | `cpu.max`, `cpu.cfs_quota_us` of the cgroup and its ancestors | runs, if the kernel has `HZ_BW` | stays true |
 //! | `cpu_timer` | `getitimer`, `/proc/self/timers`, `timer_gettime` | runs | stays true |
 //! | `second_task` | run_delay and involuntary switches of the vCPU thread | runs | stays true |
 //! | `tick_runs` | the CPU's LOC count, `/proc/timer_list` | runs | stays true |
 //! | `moved_affinity` | `Cpus_allowed_list`, the CPU it was seen on, `nr_migrations` | - | void, if moved to a CPU that samples |
+//!
+//! A kernel without the scheduler's feature `HZ_BW` (Linux 6.1 is one) stops the tick in spite of a quota, and then looks once a
+//! second whether it is used up: vCPUs run past it, and are kept off their CPUs until they have paid that back.
 //!
 //! [`of_process`] finds what concerns the whole process; a [`Watch`] finds what concerns one vCPU thread, and judges its
 //! CPU's tick by behaviour ([`TickWatch`]). All of it reads; nothing here restarts a tick or sends an interrupt to
@@ -148,7 +151,7 @@ impl Disturbance {
                 quota_us,
                 period_us,
             } => format!(
-                "{} allows {quota_us} us of CPU time in {period_us} us, which keeps the tick running and vCPUs off their CPUs",
+                "{} allows {quota_us} us of CPU time in {period_us} us, which keeps vCPUs off their CPUs, or the tick running",
                 file.display()
             ),
             Self::CpuTimer { timer } => {
