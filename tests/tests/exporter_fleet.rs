@@ -142,8 +142,9 @@ fn an_exporter_over_200_sockets_has_all_that_answer_on_its_page_and_its_memory_s
     println!("descriptors: {descriptors:?}");
     let (first, last) = resident.split_at(resident.len() / 2);
     let most = |part: &[u64]| part.iter().max().copied().expect("a scrape");
-    // A page and what it is made of are some 4 MiB here, and how many of the answers are there when a page is written differs; one
-    // page's worth is what two halves may differ by. A body kept, of each scrape, would be 40 times that in ten seconds.
+    // A page and what it is made of are some 4 MiB here, and how many of the answers are there when a page is written differs: one
+    // page's worth is what two halves may differ by. Were the answers of each scrape kept, the second half would have ten times that
+    // in ten seconds.
     let page = 4 << 10;
     assert!(most(last) <= most(first) + page, "{resident:?}");
     assert!(most(&descriptors) <= 32, "connections are left open: {descriptors:?}");
