@@ -8,11 +8,12 @@
 //! ```
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tests::bed::Folder;
-use tests::prometheus::Exporter;
+use tests::bed::{self, Folder};
+use tests::prometheus::{Exporter, SHIPPED};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 
@@ -142,9 +143,34 @@ fn an_exporter_over_200_sockets_has_all_that_answer_on_its_page_and_its_memory_s
     println!("descriptors: {descriptors:?}");
     let (first, last) = resident.split_at(resident.len() / 2);
     let most = |part: &[u64]| part.iter().max().copied().expect("a scrape");
-    // A page and what it is made of are some 4 MiB here, and how many of the answers are there when a page is written differs; one
-    // page's worth is what two halves may differ by. A body kept, of each scrape, would be 40 times that in ten seconds.
+    // A page and what it is made of are some 4 MiB here, and how many of the answers are there when a page is written differs: one
+    // page's worth is what two halves may differ by. Were the answers of each scrape kept, the second half would have ten times that
+    // in ten seconds.
     let page = 4 << 10;
     assert!(most(last) <= most(first) + page, "{resident:?}");
     assert!(most(&descriptors) <= 32, "connections are left open: {descriptors:?}");
+}
+
+#[test]
+fn systemd_has_nothing_to_say_against_the_exporters_unit() {
+    let shipped = format!("{SHIPPED}/systemd/chronovisor-exporter.service");
+    let unit = std::fs::read_to_string(&shipped).unwrap_or_else(|e| panic!("{shipped}: {e}"));
+    let installed = "/usr/local/bin/chronovisor";
+    assert!(unit.contains(&format!("\nExecStart={installed} exporter\n")), "{unit}");
+    let folder = Folder::new();
+    let here = bed::file("chronovisor");
+    let path = folder.write(
+        "chronovisor-exporter.service",
+        unit.replace(installed, &here.display().to_string()),
+    );
+    match Command::new("systemd-analyze").arg("verify").arg(path).output() {
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(
+                output.status.success() && !said.contains("chronovisor-exporter"),
+                "{said}"
+            );
+        }
+        Err(error) => bed::skipped("anywhere", &format!("systemd-analyze: {error}")),
+    }
 }

@@ -37,8 +37,9 @@ use crate::fleet::{Fleet, Pattern};
 use crate::{exit, log};
 use round::Rounds;
 
-/// Loopback, unless told otherwise; and a port that is free in Prometheus's list of default ports, whose exporters have
-/// outgrown 9100 to 9999 and go on above 10000 (<https://github.com/prometheus/prometheus/wiki/Default-port-allocations>).
+/// Loopback, unless told otherwise. Prometheus's list of exporters' ports has given away all from 9100 to 9999
+/// (<https://github.com/prometheus/prometheus/wiki/Default-port-allocations>): this one is above them, and in nobody's way that is
+/// known. It is to be entered there when this program is published.
 const DEFAULT_LISTEN: &str = "127.0.0.1:10177";
 
 /// What to read of it, for `--help`.

@@ -99,6 +99,10 @@ fn check(text: &str) -> Result<Vec<Place>, Malformed> {
         let refuse = |what| Malformed { line: index + 1, what };
         let end = begin + line.len();
         let line = line.strip_suffix('\n').ok_or(refuse("it has no end"))?;
+        // Prometheus's reader takes a NUL for the end.
+        if line.bytes().any(|byte| byte.is_ascii_control()) {
+            return Err(refuse("a control character"));
+        }
         if let Some(rest) = line.strip_prefix("# HELP ") {
             let (name, help) = rest.split_once(' ').ok_or(refuse("a HELP without text"))?;
             if helped.is_some() || families.len() == MAX_FAMILIES {
@@ -194,8 +198,19 @@ fn sample(line: &str, family: &str, kind: Kind) -> Checked {
         None => rest,
     };
     let value = rest.strip_prefix(' ').ok_or("a sample without a value")?;
-    // Rust's floats are read as Prometheus reads Go's, infinities and NaN included; what follows a space, a time, is no float.
-    value.parse::<f64>().map(drop).map_err(|_| "a value that is no number")
+    number(value)
+}
+
+/// Digits, and perhaps more of them behind a point: all that is written here. What else Rust takes for a float, Go may not (`-nan`,
+/// `1e400`), and Prometheus would refuse the whole page for it.
+fn number(text: &str) -> Checked {
+    const LONGEST: usize = 40;
+    let (whole, part) = text.split_once('.').unwrap_or((text, "0"));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    if text.len() > LONGEST || !digits(whole) || !digits(part) {
+        return Err("a value that is no number");
+    }
+    Ok(())
 }
 
 /// Takes `name="value",...}` off the front of `text`, and gives what is left.
@@ -269,16 +284,16 @@ mod tests {
     #[test]
     fn a_newer_microvms_families_pass() {
         let newer = "# HELP chronovisor_new_total A \\\\ and a \\n.\n# TYPE chronovisor_new_total counter\n\
-                     chronovisor_new_total{a=\"\\\"}{\\\\\\n,\"} 1e3\nchronovisor_new_total +Inf\nchronovisor_new_total NaN\n";
+                     chronovisor_new_total{a=\"\\\"}{\\\\\\n,\"} 1\nchronovisor_new_total 2.50\n";
         let metrics = with(newer).unwrap();
         let family = metrics.families().nth(1).unwrap();
         assert_eq!(
             (family.name, family.samples.lines().count()),
-            ("chronovisor_new_total", 3)
+            ("chronovisor_new_total", 2)
         );
         let cut: Vec<_> = cut(family.samples).map(|(_, rest)| rest).collect();
-        assert_eq!(cut[0], "{a=\"\\\"}{\\\\\\n,\"} 1e3\n");
-        assert_eq!(cut[1], " +Inf\n");
+        assert_eq!(cut[0], "{a=\"\\\"}{\\\\\\n,\"} 1\n");
+        assert_eq!(cut[1], " 2.50\n");
     }
 
     #[test]
@@ -288,6 +303,11 @@ mod tests {
             ("chronovisor_a", "value"),
             ("chronovisor_a ", "number"),
             ("chronovisor_a 1 1700000000000", "number"),
+            ("chronovisor_a -nan", "number"),
+            ("chronovisor_a 1e400", "number"),
+            ("chronovisor_a 1.", "number"),
+            ("chronovisor_a{a=\"\0\"} 1", "control"),
+            ("chronovisor_a 1\r", "control"),
             ("chronovisor_a  1", "number"),
             ("chronovisor_a{} 1", "label"),
             ("chronovisor_a{a=\"b\"}1", "value"),

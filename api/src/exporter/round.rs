@@ -156,10 +156,28 @@ async fn ask_all(sockets: Vec<PathBuf>, deadline: Instant) -> Vec<Asked<Metrics>
     asked
 }
 
-/// A path as a label. What is not UTF-8 is escaped, so that two such paths stay apart.
+/// A path as a label. One that is not UTF-8, or has control characters, is escaped, so that two such paths stay apart.
 fn label(path: &Path) -> String {
     match path.to_str() {
-        Some(path) => path.to_owned(),
-        None => path.as_os_str().as_encoded_bytes().escape_ascii().to_string(),
+        Some(path) if !path.contains(char::is_control) => path.to_owned(),
+        _ => path.as_os_str().as_encoded_bytes().escape_ascii().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    use super::*;
+
+    #[test]
+    fn paths_that_are_no_text_stay_apart_and_others_stay_as_they_are() {
+        let of = |bytes: &[u8]| label(Path::new(OsStr::from_bytes(bytes)));
+        assert_eq!(of("/run/ä \"b\".socket".as_bytes()), "/run/ä \"b\".socket");
+        assert_eq!(
+            [of(b"/a\xfe"), of(b"/a\xff"), of(b"/a\n")],
+            ["/a\\xfe", "/a\\xff", "/a\\n"]
+        );
     }
 }

@@ -124,10 +124,13 @@ async fn answer(request: &Request<Incoming>, rounds: &Rounds) -> Response<Full<B
     }
 }
 
-/// How long Prometheus waits, as it says with each scrape; less a fifth, for the way and for writing the page.
+/// How long Prometheus waits, as it says with each scrape; less a fifth, for the way and for writing the page. Whoever claims to
+/// wait for next to nothing is not to have all sockets taken for dead.
 fn patience(headers: &HeaderMap) -> Option<Duration> {
+    const LEAST: Duration = Duration::from_millis(100);
     let told = headers.get("x-prometheus-scrape-timeout-seconds")?.to_str().ok()?;
-    Duration::try_from_secs_f64(told.parse::<f64>().ok()? * 0.8).ok()
+    let patience = Duration::try_from_secs_f64(told.parse::<f64>().ok()? * 0.8).ok()?;
+    Some(patience.max(LEAST))
 }
 
 fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
@@ -140,4 +143,27 @@ fn typed(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>)
     let content_type = content_type.parse().expect("a constant");
     response.headers_mut().insert(CONTENT_TYPE, content_type);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scrape_takes_less_than_prometheus_waits_for_it() {
+        let of = |told: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("x-prometheus-scrape-timeout-seconds", told.parse().unwrap());
+            patience(&headers).map(|patience| patience.as_millis())
+        };
+        assert_eq!(of("10"), Some(8_000));
+        assert_eq!(of("0.5"), Some(400));
+        for told in ["0", "0.001", "-0"] {
+            assert_eq!(of(told), Some(100), "{told}");
+        }
+        for told in ["", "soon", "-1", "NaN", "inf"] {
+            assert_eq!(of(told), None, "{told}");
+        }
+        assert_eq!(patience(&HeaderMap::new()), None);
+    }
 }
