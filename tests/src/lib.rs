@@ -14,6 +14,7 @@ pub mod interrupts;
 pub mod kernel;
 pub mod over;
 pub mod row;
+pub mod screen;
 pub mod terminal;
 pub mod trace;
 pub mod vm;
