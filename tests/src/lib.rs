@@ -17,6 +17,7 @@ pub mod over;
 pub mod prometheus;
 pub mod python;
 pub mod row;
+pub mod screen;
 pub mod terminal;
 pub mod trace;
 pub mod vm;

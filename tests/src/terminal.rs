@@ -15,7 +15,7 @@ use rustix::termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize};
 use crate::vm::PATIENCE;
 
 /// As a terminal of old.
-const SIZE: Winsize = Winsize {
+pub const SIZE: Winsize = Winsize {
     ws_col: 80,
     ws_row: 24,
     ws_xpixel: 0,
@@ -112,12 +112,10 @@ impl Terminal {
         }
     }
 
-    /// What the screen has shown since the last wait, once it has shown nothing for as long as `quiet`.
-    pub fn shown(&mut self, quiet: Duration) -> String {
-        while let Ok(bytes) = self.screen.recv_timeout(quiet) {
-            self.shown.extend(bytes);
-        }
-        String::from_utf8_lossy(&std::mem::take(&mut self.shown)).into_owned()
+    /// What comes next, if anything comes soon.
+    pub fn next(&mut self) -> Vec<u8> {
+        let soon = Duration::from_millis(100);
+        self.screen.recv_timeout(soon).unwrap_or_default()
     }
 
     /// Gives it another size, in columns and rows.

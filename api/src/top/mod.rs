@@ -106,7 +106,7 @@ fn show(state: &mut State, mut screen: Screen, watchers: &mut Watchers, events: 
                 Event::Key(key) => {
                     match keys::command(key) {
                         Some(Command::Suspend) => screen.suspend()?,
-                        Some(Command::Redraw) => screen.clear()?,
+                        Some(Command::Redraw) => screen.clear(),
                         _ => {}
                     }
                     keys::command(key).into_iter().for_each(|command| state.obey(command));

@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use ratatui::Terminal;
-use ratatui::backend::CrosstermBackend;
+use ratatui::backend::{Backend, CrosstermBackend};
+use ratatui::buffer::Buffer;
 use ratatui::crossterm::terminal::{disable_raw_mode, enable_raw_mode};
+use ratatui::layout::{Position, Rect};
 use rustix::process::{Signal, kill_current_process_group};
 
 use super::state::State;
@@ -53,9 +54,14 @@ fn take() -> io::Result<()> {
 }
 
 /// The terminal, taken over. Dropping it gives it back.
+///
+/// Not ratatui's `Terminal`: that asks the terminal for its cursor's place whenever its size changes, and the answer would have
+/// to come by way of the keys.
 #[derive(Debug)]
 pub struct Screen {
-    terminal: Terminal<CrosstermBackend<Stdout>>,
+    backend: CrosstermBackend<Stdout>,
+    /// What it shows.
+    shown: Buffer,
 }
 
 impl Screen {
@@ -64,17 +70,14 @@ impl Screen {
     /// # Errors
     /// What the system says; the terminal is then as it was.
     pub fn enter() -> Result<Self> {
-        let begin = || {
-            take()?;
-            Terminal::new(CrosstermBackend::new(io::stdout()))
-        };
-        match begin() {
-            Ok(terminal) => Ok(Self { terminal }),
-            Err(error) => {
-                restore();
-                Err(error).context("the terminal cannot be drawn on")
-            }
+        if let Err(error) = take() {
+            restore();
+            return Err(error).context("the terminal cannot be drawn on");
         }
+        Ok(Self {
+            backend: CrosstermBackend::new(io::stdout()),
+            shown: Buffer::default(),
+        })
     }
 
     /// Draws what has changed.
@@ -82,20 +85,23 @@ impl Screen {
     /// # Errors
     /// The terminal has gone.
     pub fn draw(&mut self, state: &mut State, look: Look, now: Instant) -> io::Result<()> {
-        let draw = |frame: &mut ratatui::Frame<'_>| {
-            let area = frame.area();
-            let first = state.scroll(view::room(area));
-            view::draw(state, first, look, now, area, frame.buffer_mut());
-        };
-        self.terminal.draw(draw).map(drop)
+        let area = Rect::from((Position::ORIGIN, self.backend.size()?));
+        if area != self.shown.area {
+            self.backend.clear()?;
+            self.shown = Buffer::empty(area);
+        }
+        let mut next = Buffer::empty(area);
+        let first = state.scroll(view::room(area));
+        view::draw(state, first, look, now, area, &mut next);
+        self.backend.draw(self.shown.diff(&next).into_iter())?;
+        Backend::flush(&mut self.backend)?;
+        self.shown = next;
+        Ok(())
     }
 
     /// Has all of it drawn anew.
-    ///
-    /// # Errors
-    /// The terminal has gone.
-    pub fn clear(&mut self) -> io::Result<()> {
-        self.terminal.clear()
+    pub fn clear(&mut self) {
+        self.shown = Buffer::default();
     }
 
     /// Gives the terminal to the shell until the shell gives it back.
@@ -105,8 +111,8 @@ impl Screen {
     pub fn suspend(&mut self) -> io::Result<()> {
         restore();
         kill_current_process_group(Signal::TSTP)?;
-        take()?;
-        self.terminal.clear()
+        self.clear();
+        take()
     }
 }
 

@@ -87,9 +87,9 @@ fn figures_are_those_of_the_last_interval() {
         "one reading makes no rate"
     );
     let mut next = reading(0, 10, 100);
-    next.modes.guest_ns += SECOND.as_nanos() as u64 / 4;
-    next.modes.halted_ns += SECOND.as_nanos() as u64 * 3 / 4;
-    next.elapsed_ns += SECOND.as_nanos() as u64;
+    next.modes.guest_ns += 250_000_000;
+    next.modes.halted_ns += 750_000_000;
+    next.elapsed_ns += 1_000_000_000;
     state.answer(&sockets[0], readings("a", vec![next]), at(11));
     let seen = vcpu(&state);
     assert!(!seen.from_start);
