@@ -506,6 +506,8 @@ mod tests {
             ("chronovisor --api-listen here", "--api-listen"),
             ("chronovisor --seccomp-filter f", "--seccomp-filter"),
             ("chronovisor times --count 2", "--watch"),
+            ("chronovisor top --interval 99", "--interval"),
+            ("chronovisor top --api-sock [", "--api-sock"),
             ("chronovisor run --kernel k --gtime-source tsc", "--gtime-source"),
             ("chronovisor frobnicate", "frobnicate"),
         ];

@@ -259,7 +259,7 @@ fn one(state: &State, row: &Row<'_>, columns: &[Column], look: Look, now: Instan
 /// What a microVM without vCPUs has to show instead.
 pub fn says(health: &Health) -> String {
     match health {
-        Health::New => "not asked yet".to_owned(),
+        Health::New => "no answer yet".to_owned(),
         Health::Well => "not started".to_owned(),
         Health::Silent(silent) => format!("no answer for {} s", silent.as_secs()),
         Health::Failed(why) => why.clone(),

@@ -19,7 +19,7 @@ use crate::routes::Fault;
 const STREAMS: usize = 1024;
 
 /// Clients told at once: sending them their messages takes a fraction of a millisecond.
-const GROUP: usize = 32;
+pub(super) const GROUP: usize = 32;
 
 /// All streams.
 #[derive(Debug, Default)]
