@@ -113,7 +113,7 @@ impl Terminal {
     }
 
     /// What comes next, if anything comes soon.
-    pub fn next(&mut self) -> Vec<u8> {
+    pub fn more(&mut self) -> Vec<u8> {
         let soon = Duration::from_millis(100);
         self.screen.recv_timeout(soon).unwrap_or_default()
     }

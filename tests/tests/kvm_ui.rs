@@ -170,6 +170,17 @@ fn every_picture_has_its_table_and_32_vcpus_and_27_years_fit_a_phone() {
         let found = browser.evaluate(&format!("document.querySelectorAll({wrong:?}).length"));
         assert_eq!(found, 0, "{what}");
     }
+    for (ns, said) in [
+        ("0", "0 ns"),
+        ("812", "812 ns"),
+        ("999600", "1 ms"),
+        ("12345678901", "12.3 s"),
+        ("1200e9", "20 min"),
+        ("90061e9", "1 d 1 h"),
+        ("86461e9", "1 d"),
+    ] {
+        assert_eq!(browser.evaluate(&format!("span({ns})")), said, "{ns} ns");
+    }
     // Another microVM at the same address, and ten thousand days in each mode but one.
     browser.evaluate("document.getElementById('hold').click()");
     let mut reading = vm.reading();

@@ -25,7 +25,7 @@ const PAGE: &str = concat!(
 const POLICY: &str = concat!(
     "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; ",
     "style-src 'sha256-dwzJq02l6ByKVtrOmPyoJVjpiUZo2e/PL6iOqu4LI4c='; ",
-    "script-src 'sha256-pB7QKKuxnS2p5TV1oE/OsB0ZGAT9epeaUrRY+MglKpw='",
+    "script-src 'sha256-Vq1TE989WyHePhSBRlHEvxhfVQM37YsGybyjbaK2pug='",
 );
 
 pub(super) async fn page() -> Response {

@@ -32,15 +32,19 @@ function parse(json) {
 // Seconds, all nine decimals of them.
 const seconds = ns => `${ns / 1_000_000_000n}.${String(ns % 1_000_000_000n).padStart(9, "0")}`;
 
-// A length of time, to three digits.
+// A length of time: to three digits, or in its two largest units.
 function span(ns) {
   for (const [unit, size] of [["ns", 1], ["µs", 1e3], ["ms", 1e6], ["s", 1e9]]) {
-    if (ns < size * 999.5 || unit === "s" && ns < 120e9) return `${Number((ns / size).toPrecision(3))} ${unit}`;
+    if (ns < size * 999.5) return `${Number((ns / size).toPrecision(3))} ${unit}`;
   }
-  const s = Math.round(ns / 1e9), parts = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
-  const first = parts.findIndex(([size]) => s >= size);
-  return parts.slice(first, first + 2)
-    .map(([size, unit], i) => `${Math.floor((i ? s % parts[first][0] : s) / size)} ${unit}`).join(" ");
+  let rest = Math.round(ns / 1e9);
+  const parts = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]].map(([unit, size]) => {
+    const whole = Math.floor(rest / size);
+    rest -= whole * size;
+    return whole ? `${whole} ${unit}` : "";
+  });
+  const first = parts.findIndex(Boolean);
+  return parts.slice(first, first + 2).join(" ").trim();
 }
 
 const percent = share => (share * 100).toFixed(1);

@@ -19,9 +19,6 @@ use tests::vm::{PATIENCE, Vm};
 /// Pictures are kept with the documentation: none is to weigh more, in bytes.
 const MOST: usize = 150_000;
 
-/// How many columns the page draws before it is taken: the picture is all but full.
-const COLUMNS: u32 = 110;
-
 fn main() -> Result<()> {
     let folder = std::env::args_os()
         .nth(1)
@@ -41,9 +38,12 @@ fn main() -> Result<()> {
     browser.screen(1280, 800, 1.0, false);
     browser.open(&format!("http://{address}/ui"));
     browser.evaluate("$('interval').value = '100'; $('interval').dispatchEvent(new Event('change'))");
-    browser.wait_until(&format!("vcpus[0]?.time.dataset.columns >= {}", COLUMNS / 3));
+    // A picture shows 12 s at that interval: the disturbance is to be in the middle of a full one.
+    let drawn_for = |s| format!("vcpus[0]?.last.at_ns - vcpus[0]?.samples[0].at >= {s}n * 10n ** 9n");
+    browser.wait_until(&drawn_for(4));
     disturb(&mut vm)?;
-    browser.wait_until(&format!("vcpus[0].time.dataset.columns >= {COLUMNS}"));
+    browser.wait_until(&drawn_for(12));
+    browser.wait_until("vcpus[0].last.exits.total > vcpus[0].before.exits.total");
     let top = top.screen()?;
 
     for (name, width, dark) in [
