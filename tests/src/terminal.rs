@@ -112,8 +112,8 @@ impl Terminal {
         }
     }
 
-    /// What comes next, if anything comes soon.
-    pub fn more(&mut self) -> Vec<u8> {
+    /// Some of what it is written, if anything comes soon.
+    pub fn some(&mut self) -> Vec<u8> {
         let soon = Duration::from_millis(100);
         self.screen.recv_timeout(soon).unwrap_or_default()
     }

@@ -50,7 +50,7 @@ impl Top {
                 "{what} never came; the screen:\n{}",
                 self.screen.text()
             );
-            let bytes = self.terminal.more();
+            let bytes = self.terminal.some();
             self.screen.write(&bytes);
             self.written.extend(bytes);
         }
