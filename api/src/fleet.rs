@@ -94,7 +94,7 @@ impl Fleet {
         for Pattern(text) in &self.0 {
             find_one(text, &mut |path| sockets.extend(identify(path)), &mut found.unreadable);
         }
-        sockets.sort();
+        sockets.sort_unstable();
         // The name that sorts first stays: that is the same one at each look.
         let mut seen = std::collections::BTreeSet::new();
         sockets.retain(|&(_, inode)| seen.insert(inode));

@@ -68,7 +68,8 @@ pub(super) struct Asked<T> {
 pub(super) struct Memory {
     forget: Duration,
     sockets: BTreeMap<String, Known>,
-    failures: BTreeMap<&'static str, u64>,
+    /// In the order of [`Failure::REASONS`].
+    failures: [u64; Failure::REASONS.len()],
 }
 
 impl Memory {
@@ -77,7 +78,7 @@ impl Memory {
         Self {
             forget,
             sockets: BTreeMap::new(),
-            failures: Failure::REASONS.map(|reason| (reason, 0)).into(),
+            failures: [0; Failure::REASONS.len()],
         }
     }
 
@@ -88,7 +89,7 @@ impl Memory {
 
     /// How often what went wrong.
     pub fn failures(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        self.failures.iter().map(|(&reason, &count)| (reason, count))
+        Failure::REASONS.into_iter().zip(self.failures)
     }
 
     /// Takes in what became of all sockets that were there at `now`, and tells the log what has changed.
@@ -105,7 +106,10 @@ impl Memory {
                 tell(socket, standing, answer.as_ref().err());
             }
             if let Err(failure) = answer {
-                *self.failures.entry(failure.reason()).or_default() += 1;
+                let mut counts = Failure::REASONS.iter().zip(&mut self.failures);
+                if let Some((_, count)) = counts.find(|(reason, _)| **reason == failure.reason()) {
+                    *count += 1;
+                }
             }
             let known = Known {
                 standing,

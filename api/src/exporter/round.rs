@@ -4,7 +4,6 @@
 //! they answered is held until the page is written, at most [`MAX_BYTES`](crate::prometheus::MAX_BYTES) of each; so two scrapes
 //! go on at a time, for two Prometheis, and more wait for their turn.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -45,7 +44,7 @@ struct Kept {
 #[derive(Clone, Debug, Default)]
 struct Found {
     sockets: Vec<PathBuf>,
-    unreadable: BTreeSet<PathBuf>,
+    unreadable: Vec<PathBuf>,
 }
 
 /// All turns are taken, and none came in time.
@@ -133,27 +132,30 @@ impl Rounds {
     }
 }
 
-/// Asks each, until `deadline`; in the order of their paths.
+/// Asks each, until `deadline`; gives the answers in the order of the sockets.
 async fn ask_all(sockets: Vec<PathBuf>, deadline: Instant) -> Vec<Asked<Metrics>> {
-    let mut asking: JoinSet<_> = sockets
-        .into_iter()
-        .map(|path| async move {
+    let mut asking = JoinSet::new();
+    let mut asked: Vec<Option<Asked<Metrics>>> = Vec::new();
+    for (index, path) in sockets.into_iter().enumerate() {
+        asked.push(None);
+        asking.spawn(async move {
             let begun = Instant::now();
             let answer = timeout_at(deadline.into(), scrape(&path)).await;
-            Asked {
+            let one = Asked {
                 socket: label(&path),
                 took: begun.elapsed(),
                 answer: answer.unwrap_or(Err(Failure::Timeout)),
-            }
-        })
-        .collect();
-    let mut asked = Vec::with_capacity(asking.len());
+            };
+            (index, one)
+        });
+    }
     while let Some(one) = asking.join_next().await {
         // One that panicked has been reported by the panic hook.
-        asked.extend(one);
+        if let Ok((index, one)) = one {
+            asked[index] = Some(one);
+        }
     }
-    asked.sort_by(|one: &Asked<_>, other| one.socket.cmp(&other.socket));
-    asked
+    asked.into_iter().flatten().collect()
 }
 
 /// A path as a label. One that is not UTF-8, or has control characters, is escaped, so that two such paths stay apart.

@@ -3,20 +3,20 @@
 //! One request a connection, and a connection lives as long as a scrape and its reading take: a client that sends half a
 //! request, or does not read its answer, is cut off, and holds up nobody meanwhile.
 
-use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::Full;
-use hyper::body::Incoming;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderMap, RETRY_AFTER};
+use axum::Router;
+use axum::extract::State;
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::get;
 use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
@@ -40,6 +40,7 @@ const WELCOME: &str = "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"
 pub(super) async fn serve(listener: TcpListener, rounds: Arc<Rounds>, stop: impl Future<Output = ()>) {
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let router = router(rounds.clone());
     let mut stop = std::pin::pin!(stop);
     loop {
         let next = async {
@@ -59,7 +60,7 @@ pub(super) async fn serve(listener: TcpListener, rounds: Arc<Rounds>, stop: impl
                 continue;
             }
         };
-        let connection = one(stream, rounds.clone(), &graceful);
+        let connection = one(stream, router.clone(), &graceful);
         let longest = HEAD_TIME + rounds.timeout() + READ_TIME;
         tokio::spawn(async move {
             let _permit = permit;
@@ -76,21 +77,14 @@ pub(super) async fn serve(listener: TcpListener, rounds: Arc<Rounds>, stop: impl
     }
 }
 
-fn one(
-    stream: TcpStream,
-    rounds: Arc<Rounds>,
-    graceful: &GracefulShutdown,
-) -> impl Future<Output = ()> + Send + 'static {
-    let service = service_fn(move |request| {
-        let rounds = rounds.clone();
-        async move { Ok::<_, Infallible>(answer(&request, &rounds).await) }
-    });
+/// Served as the API's connections are (`server.rs`), types included: a program has room for one of each of hyper's machines.
+fn one(stream: TcpStream, router: Router, graceful: &GracefulShutdown) -> impl Future<Output = ()> + Send + 'static {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME)
-        .keep_alive(false)
-        .max_buf_size(16 << 10);
-    let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+        .keep_alive(false);
+    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let connection = graceful.watch(connection);
     async move {
         if let Err(error) = connection.await {
             tracing::debug!("a connection ended early: {error}");
@@ -98,51 +92,47 @@ fn one(
     }
 }
 
-async fn answer(request: &Request<Incoming>, rounds: &Rounds) -> Response<Full<Bytes>> {
-    if request.method() != Method::GET {
-        let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n");
-        response
-            .headers_mut()
-            .insert(ALLOW, Method::GET.as_str().parse().expect("a constant"));
-        return response;
-    }
-    match request.uri().path() {
-        "/metrics" => match rounds.page(patience(request.headers())).await {
-            Ok(page) => typed(StatusCode::OK, prometheus::CONTENT_TYPE, page),
-            Err(Busy) => {
-                let mut response = text(StatusCode::SERVICE_UNAVAILABLE, "other scrapes are under way\n");
-                response
-                    .headers_mut()
-                    .insert(RETRY_AFTER, "1".parse().expect("a constant"));
-                response
-            }
-        },
-        "/" => typed(StatusCode::OK, "text/html; charset=utf-8", WELCOME),
+fn router(rounds: Arc<Rounds>) -> Router {
+    Router::new()
+        .route("/metrics", get(page))
+        .route("/", get(Html(WELCOME)))
         // What Prometheus's own programs answer to who asks whether they live.
-        "/-/healthy" => text(StatusCode::OK, "OK\n"),
-        _ => text(StatusCode::NOT_FOUND, "there is /metrics here\n"),
+        .route("/-/healthy", get("OK\n"))
+        .fallback((StatusCode::NOT_FOUND, "there is /metrics here\n"))
+        .method_not_allowed_fallback(async || (StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n"))
+        .with_state(rounds)
+}
+
+async fn page(State(rounds): State<Arc<Rounds>>, headers: HeaderMap) -> Response {
+    match rounds.page(patience(&headers)).await {
+        Ok(page) => ([(CONTENT_TYPE, prometheus::CONTENT_TYPE)], page).into_response(),
+        Err(Busy) => {
+            let again = [(RETRY_AFTER, "1")];
+            (StatusCode::SERVICE_UNAVAILABLE, again, "other scrapes are under way\n").into_response()
+        }
     }
 }
 
-/// How long Prometheus waits, as it says with each scrape; less a fifth, for the way and for writing the page. Whoever claims to
+/// How long Prometheus waits, as it says with each scrape: less a fifth, for the way and for writing the page. Whoever claims to
 /// wait for next to nothing is not to have all sockets taken for dead.
 fn patience(headers: &HeaderMap) -> Option<Duration> {
     const LEAST: Duration = Duration::from_millis(100);
     let told = headers.get("x-prometheus-scrape-timeout-seconds")?.to_str().ok()?;
-    let patience = Duration::try_from_secs_f64(told.parse::<f64>().ok()? * 0.8).ok()?;
-    Some(patience.max(LEAST))
+    Some((seconds(told)? * 4 / 5).max(LEAST))
 }
 
-fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
-    typed(status, "text/plain; charset=utf-8", body)
-}
-
-fn typed(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body.into()));
-    *response.status_mut() = status;
-    let content_type = content_type.parse().expect("a constant");
-    response.headers_mut().insert(CONTENT_TYPE, content_type);
-    response
+/// Seconds as Prometheus writes them: digits, and perhaps more behind a point, of which those beyond milliseconds are not read.
+/// Whoever waits longer than can be counted is answered sooner.
+fn seconds(text: &str) -> Option<Duration> {
+    let (whole, part) = text.split_once('.').unwrap_or((text, "0"));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    if !digits(whole) || !digits(part) {
+        return None;
+    }
+    let thousandths = part.bytes().chain(*b"000").take(3);
+    let ms = thousandths.fold(0, |ms, digit| ms * 10 + u64::from(digit - b'0'));
+    let whole = whole.parse().unwrap_or(u32::MAX);
+    Some(Duration::from_millis(u64::from(whole) * 1000 + ms))
 }
 
 #[cfg(test)]
@@ -158,10 +148,12 @@ mod tests {
         };
         assert_eq!(of("10"), Some(8_000));
         assert_eq!(of("0.5"), Some(400));
-        for told in ["0", "0.001", "-0"] {
+        assert_eq!(of("1.2345"), Some(987));
+        assert!(of("99999999999999999999").is_some_and(|ms| ms > 1_000_000_000));
+        for told in ["0", "0.001", "0.0001"] {
             assert_eq!(of(told), Some(100), "{told}");
         }
-        for told in ["", "soon", "-1", "NaN", "inf"] {
+        for told in ["", "soon", "-1", "NaN", "inf", "1.", ".5", "1.x", "1e3"] {
             assert_eq!(of(told), None, "{told}");
         }
         assert_eq!(patience(&HeaderMap::new()), None);
