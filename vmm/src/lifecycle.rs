@@ -34,6 +34,7 @@ use crate::config::{
     Logger, MachineConfig, Metrics, NetworkInterfaceUpdate, Pinning, Processor, RateLimiter, Serial, VmConfig,
 };
 use crate::devices::MachineEvent;
+use crate::devices::i8042::KeysUnread;
 use crate::devices::virtio::balloon::BalloonError;
 use crate::end::{self, End};
 use crate::machine::Plan;
@@ -265,10 +266,11 @@ impl<B: Builder> Lifecycle<B> {
                 });
             }
             Action::ShutDown => {
-                let asked = self
-                    .machine()
-                    .is_ok_and(|machine| machine.hears_keys() && machine.ctrl_alt_del().is_ok());
-                if asked {
+                if let State::Running(machine) | State::Paused(machine) = &self.state
+                    && machine.hears_keys()
+                {
+                    // Refused, it has the last ones still to read: they ask the same of it.
+                    let _: Result<(), KeysUnread> = machine.ctrl_alt_del();
                     return Ok(Reply::GuestAsked);
                 }
                 self.state = State::Ended(End::Stopped);

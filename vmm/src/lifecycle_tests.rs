@@ -313,6 +313,15 @@ fn who_is_to_shut_down_is_asked_and_who_cannot_hear_is_ended() {
     assert_eq!(asked.life.act(Action::ShutDown).unwrap(), Reply::GuestAsked);
     assert_eq!((asked.life.end(), asked.log()), (None, vec!["resume", "keys"]));
 
+    let mut busy = started();
+    busy.life.act(Action::SendCtrlAltDel).unwrap();
+    assert_eq!(
+        busy.life.act(Action::ShutDown).unwrap(),
+        Reply::GuestAsked,
+        "it hears, but has the last keys still to read"
+    );
+    assert_eq!(busy.life.end(), None);
+
     let mut deaf = Case::new(FakeBuilder {
         deaf: true,
         ..FakeBuilder::default()
