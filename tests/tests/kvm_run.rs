@@ -53,6 +53,36 @@ fn who_watches_a_guest_ends_in_good_order_with_it() {
     }
 }
 
+#[test]
+fn a_guest_that_reads_no_keys_is_asked_by_the_first_sigterm_and_ended_by_the_second() {
+    require_bed!(kvm);
+    let mut vm = Vm::flat(&Program::deaf_driver(), []);
+    vm.process.wait_for("up");
+    // The keys that it has not read by then are these.
+    let keys = vm.ask("PUT", "/actions", Some(r#"{"action_type": "SendCtrlAltDel"}"#));
+    assert_eq!(keys.status, 204, "{}", keys.fault());
+    vm.process.signal(Signal::TERM);
+    vm.process.wait_for_error("the guest is asked to shut down");
+    assert_eq!(vm.ask("GET", "/", None).body["state"], "Running");
+    // Within a tenth of a second it would be taken for the first.
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    vm.process.signal(Signal::TERM);
+    let (status, _, stderr) = vm.process.wait();
+    assert_eq!(status.code(), Some(128 + 15), "{stderr}");
+}
+
+#[test]
+fn a_paused_guest_is_ended_by_the_first_sigterm() {
+    require_bed!(kvm);
+    let mut vm = Vm::flat(&Program::deaf_driver(), []);
+    vm.process.wait_for("up");
+    assert_eq!(vm.ask("PATCH", "/vm", Some(r#"{"state": "Paused"}"#)).status, 204);
+    vm.process.signal(Signal::TERM);
+    let (status, _, stderr) = vm.process.wait();
+    assert_eq!(status.code(), Some(128 + 15), "{stderr}");
+    assert!(!stderr.contains("the guest is asked"), "{stderr}");
+}
+
 /// How many processes have `word` on their command line. A child forked off has its parent's.
 fn processes_with(word: &str) -> usize {
     let processes = std::fs::read_dir("/proc").expect("procfs").flatten();

@@ -266,7 +266,8 @@ impl<B: Builder> Lifecycle<B> {
                 });
             }
             Action::ShutDown => {
-                if let State::Running(machine) | State::Paused(machine) = &self.state
+                // One that is held hears nothing, and might be held for ever.
+                if let State::Running(machine) = &self.state
                     && machine.hears_keys()
                 {
                     // Refused, it has the last ones still to read: they ask the same of it.

@@ -322,6 +322,11 @@ fn who_is_to_shut_down_is_asked_and_who_cannot_hear_is_ended() {
     );
     assert_eq!(busy.life.end(), None);
 
+    let mut held = started();
+    held.life.act(Action::Pause).unwrap();
+    held.life.act(Action::ShutDown).unwrap();
+    assert_eq!(held.life.end(), Some(&End::Stopped));
+
     let mut deaf = Case::new(FakeBuilder {
         deaf: true,
         ..FakeBuilder::default()
