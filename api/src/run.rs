@@ -177,7 +177,7 @@ fn launch(plan: Plan) -> Result<u8> {
     if let Err(error) = descriptors::raise_limit() {
         tracing::warn!("the limit on open files stays what it is: {error}; a guest may run out of connections");
     }
-    let (unix, socket_file) = plan.unix.as_deref().map(socket::bind).transpose()?.unzip();
+    let unix = plan.unix.as_deref().map(socket::bind).transpose()?;
     let tcp = plan.tcp.map(socket::bind_tcp).transpose()?;
     let (typing, console) = console::open().context("the guest's console cannot be opened")?;
     let options = Options {
@@ -230,7 +230,6 @@ fn launch(plan: Plan) -> Result<u8> {
 
     let end = vmm.join();
     drop(server);
-    drop(socket_file);
     console::restore();
     let (status, word) = exit::of(&end, session.asked(), plan.on_reboot);
     exit::say(&word);

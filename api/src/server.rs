@@ -6,7 +6,6 @@
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -22,6 +21,7 @@ use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use vmm::unix_socket::Listening;
 
 use crate::backend::Backend;
 use crate::line::Line;
@@ -41,7 +41,7 @@ const HEAD_TIME: Duration = Duration::from_secs(60);
 #[derive(Debug, Default)]
 pub struct Listeners {
     /// `--api-sock`.
-    pub unix: Option<UnixListener>,
+    pub unix: Option<Listening>,
     /// `--api-listen`.
     pub tcp: Option<TcpListener>,
 }
@@ -102,7 +102,8 @@ impl Server {
                 let host = cpus.get_or_init(|| host);
                 keep_off_vcpus(host, &*backend);
                 let _in_runtime = runtime.enter();
-                let unix = listeners.unix.map(tokio::net::UnixListener::from_std).transpose()?;
+                let in_unix = |unix: Listening| unix.try_map(tokio::net::UnixListener::from_std);
+                let unix = listeners.unix.map(in_unix).transpose()?;
                 let tcp = listeners.tcp.map(tokio::net::TcpListener::from_std).transpose()?;
                 Ok((runtime, unix, tcp))
             });
@@ -194,7 +195,7 @@ fn keep_off_vcpus(host: &HostCpus, backend: &dyn Backend) {
 }
 
 async fn accept(
-    unix: Option<tokio::net::UnixListener>,
+    unix: Option<Listening<tokio::net::UnixListener>>,
     tcp: Option<tokio::net::TcpListener>,
     service: Surface,
     mut stop: oneshot::Receiver<()>,
@@ -208,7 +209,7 @@ async fn accept(
     };
     loop {
         let accepted = tokio::select! {
-            accepted = next_unix(unix.as_ref()) => accepted.map(Accepted::Unix),
+            accepted = next_unix(unix.as_ref().map(Listening::listener)) => accepted.map(Accepted::Unix),
             accepted = next_tcp(tcp.as_ref()) => accepted.map(Accepted::Tcp),
             _ = &mut stop => break,
         };
@@ -222,6 +223,7 @@ async fn accept(
             }
         }
     }
+    // Before anybody is waited for, so that another microVM may take the path.
     drop((unix, tcp));
     service.shared.end_streams();
     if tokio::time::timeout(service.limits.linger, graceful.shutdown())
@@ -317,25 +319,19 @@ mod tests {
     struct Served {
         scratch: Scratch,
         server: Server,
-        _file: Arc<vmm::unix_socket::SocketFile>,
     }
 
     impl Served {
         fn with(limits: Limits) -> Self {
             let scratch = Scratch::new();
-            let (unix, file) = socket::bind(&scratch.path("s")).unwrap();
             let backend = Arc::new(Fake::new(RunState::Running));
             let listeners = Listeners {
-                unix: Some(unix),
+                unix: Some(socket::bind(&scratch.path("s")).unwrap()),
                 tcp: None,
             };
             let server = Server::spawn().unwrap();
             server.open(listeners, backend, limits, || {}).unwrap();
-            Self {
-                scratch,
-                server,
-                _file: file,
-            }
+            Self { scratch, server }
         }
 
         fn new() -> Self {
@@ -384,6 +380,33 @@ mod tests {
         for (stream, _) in held {
             assert_eq!(read_all(stream), "");
         }
+    }
+
+    #[test]
+    fn the_path_is_free_before_requests_under_way_are_waited_for() {
+        let served = Served::with(Limits {
+            body_time: PATIENCE,
+            linger: PATIENCE,
+            ..Limits::default()
+        });
+        let mut under_way = served.connect();
+        under_way
+            .write_all(b"PUT /actions HTTP/1.1\r\nContent-Length: 10\r\n\r\n{")
+            .unwrap();
+        // Connections are served in the order they were made.
+        assert!(served.answers());
+        let Served { scratch, server } = served;
+        let (path, begun) = (scratch.path("s"), std::time::Instant::now());
+        let stop = std::thread::spawn(move || drop(server));
+        while path.exists() {
+            assert!(begun.elapsed() < PATIENCE);
+            std::thread::yield_now();
+        }
+        let _successor = socket::bind(&path).unwrap();
+        assert!(!stop.is_finished());
+        drop(under_way);
+        stop.join().unwrap();
+        assert!(path.exists(), "it is another's now");
     }
 
     #[test]
