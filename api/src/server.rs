@@ -46,7 +46,7 @@ pub struct Listeners {
     pub tcp: Option<TcpListener>,
 }
 
-/// The server. It serves once it is opened; dropping it stops it: nothing more is accepted, requests under way may finish.
+/// The server. It serves once it is opened, or [held](Server::hold) and let go; dropping it stops it: nothing more is accepted, requests under way may finish.
 #[derive(Debug)]
 pub struct Server {
     open: Option<mpsc::Sender<Opened>>,
@@ -69,6 +69,21 @@ struct Opened {
     service: Surface,
     backend: Arc<dyn Backend>,
     cpus: Arc<OnceLock<HostCpus>>,
+    go: oneshot::Receiver<()>,
+}
+
+/// A server that has all it takes to serve, and does not: clients that connect wait. Dropped, it never will.
+#[derive(Debug)]
+pub struct Held {
+    go: oneshot::Sender<()>,
+}
+
+impl Held {
+    /// Serves.
+    pub fn serve(self) {
+        // A thread that panicked has been reported by the panic hook.
+        let _ = self.go.send(());
+    }
 }
 
 impl Server {
@@ -82,7 +97,7 @@ impl Server {
     pub fn spawn() -> io::Result<Self> {
         let (open, opened) = mpsc::channel();
         let (serving, serves) = mpsc::channel();
-        let (stop, stopped) = oneshot::channel();
+        let (stop, mut stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("api".to_owned()).spawn(move || {
             let prepared = HostCpus::read().and_then(|host| {
                 let mut runtime = tokio::runtime::Builder::new_current_thread();
@@ -94,13 +109,13 @@ impl Server {
                 service,
                 backend,
                 cpus,
+                go,
             }) = opened.recv()
             else {
                 return;
             };
             let listening = prepared.and_then(|(host, runtime)| {
-                let host = cpus.get_or_init(|| host);
-                keep_off_vcpus(host, &*backend);
+                cpus.get_or_init(|| host);
                 let _in_runtime = runtime.enter();
                 let in_unix = |unix: Listening| unix.try_map(tokio::net::UnixListener::from_std);
                 let unix = listeners.unix.map(in_unix).transpose()?;
@@ -113,7 +128,18 @@ impl Server {
             };
             // The opener waits for it.
             let _ = serving.send(Ok(()));
-            runtime.block_on(accept(unix, tcp, service, stopped));
+            runtime.block_on(async {
+                tokio::select! {
+                    biased;
+                    // Dropped by whoever held it, it never serves.
+                    gone = go => if gone.is_err() { return },
+                    _ = &mut stopped => return,
+                }
+                if let Some(host) = cpus.get() {
+                    keep_off_vcpus(host, &*backend);
+                }
+                accept(unix, tcp, service, stopped).await;
+            });
             runtime.shutdown_background();
         })?;
         Ok(Self {
@@ -124,8 +150,8 @@ impl Server {
         })
     }
 
-    /// Serves `backend` on `listeners`; to be called once. `started` is called on the server's thread once the guest has been
-    /// started over the API.
+    /// Serves `backend` on `listeners`; to be called once, or [`Server::hold`] is. `started` is called on the server's thread once
+    /// the guest has been started over the API.
     ///
     /// # Errors
     /// The host's CPUs could not be read, or no runtime be made that takes the sockets.
@@ -135,6 +161,37 @@ impl Server {
         backend: Arc<dyn Backend>,
         limits: Limits,
         started: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<()> {
+        let (held, go) = oneshot::channel();
+        // Beforehand, so that the thread goes on without another word.
+        Held { go: held }.serve();
+        self.take(listeners, backend, limits, started, go)
+    }
+
+    /// As [`Server::open`], but for serving, which is up to what is returned: for whoever has to know that nothing can fail any
+    /// more, and has something to do first.
+    ///
+    /// # Errors
+    /// As [`Server::open`].
+    pub fn hold(
+        &self,
+        listeners: Listeners,
+        backend: Arc<dyn Backend>,
+        limits: Limits,
+        started: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<Held> {
+        let (held, go) = oneshot::channel();
+        self.take(listeners, backend, limits, started, go)?;
+        Ok(Held { go: held })
+    }
+
+    fn take(
+        &self,
+        listeners: Listeners,
+        backend: Arc<dyn Backend>,
+        limits: Limits,
+        started: impl Fn() + Send + Sync + 'static,
+        go: oneshot::Receiver<()>,
     ) -> io::Result<()> {
         let cpus = Arc::new(OnceLock::new());
         let keep_off = {
@@ -164,6 +221,7 @@ impl Server {
             service,
             backend,
             cpus,
+            go,
         };
         self.open
             .as_ref()
@@ -303,6 +361,7 @@ impl Connection {
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader, Read, Write};
+    use std::os::unix::fs::OpenOptionsExt;
     use std::os::unix::net::UnixStream;
 
     use vmm::RunState;
@@ -599,6 +658,51 @@ mod tests {
             );
             assert!(rest.len() < 64 << 10, "{} bytes were held for it", rest.len());
         }
+    }
+
+    #[test]
+    fn one_that_is_held_serves_nobody_until_it_is_let_go() {
+        let scratch = Scratch::new();
+        let hold = || {
+            let server = Server::spawn().unwrap();
+            let listeners = Listeners {
+                unix: Some(socket::bind(&scratch.path("s")).unwrap()),
+                tcp: None,
+            };
+            let backend = Arc::new(Fake::new(RunState::Running));
+            let held = server.hold(listeners, backend, Limits::default(), || {}).unwrap();
+            let mut stream = UnixStream::connect(scratch.path("s")).unwrap();
+            stream
+                .write_all(b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n")
+                .unwrap();
+            (server, held, stream)
+        };
+        let (server, held, stream) = hold();
+        drop(held);
+        assert_eq!(read_all(stream), "", "it never serves");
+        drop(server);
+        let (server, _held, stream) = hold();
+        drop(server);
+        assert_eq!(read_all(stream), "", "it is stopped");
+        let (_server, held, stream) = hold();
+        held.serve();
+        assert!(read_all(stream).starts_with("HTTP/1.1 200 "));
+    }
+
+    #[test]
+    fn what_cannot_be_served_is_refused_by_one_that_is_held() {
+        // A file, which nothing can wait for (EPERM, epoll_ctl(2)).
+        let scratch = Scratch::new();
+        let mut file = std::fs::OpenOptions::new();
+        file.create(true).append(true).custom_flags(libc::O_NONBLOCK);
+        let file = file.open(scratch.path("file")).unwrap();
+        let listeners = Listeners {
+            unix: None,
+            tcp: Some(std::os::fd::OwnedFd::from(file).into()),
+        };
+        let backend = Arc::new(Fake::new(RunState::NotStarted));
+        let held = Server::spawn().unwrap().hold(listeners, backend, Limits::default(), || {});
+        assert_eq!(held.unwrap_err().raw_os_error(), Some(libc::EPERM));
     }
 
     #[test]
