@@ -364,9 +364,10 @@ mod tests {
     use std::os::unix::fs::OpenOptionsExt;
     use std::os::unix::net::UnixStream;
 
-    use vmm::RunState;
+    use vmm::{Action, Reply, RunState};
 
     use super::*;
+    use crate::backend::Answer;
     use crate::backend::fake::Fake;
     use crate::client::{Client, ClientError};
     use crate::scratch::Scratch;
@@ -703,6 +704,68 @@ mod tests {
         let backend = Arc::new(Fake::new(RunState::NotStarted));
         let held = Server::spawn().unwrap().hold(listeners, backend, Limits::default(), || {});
         assert_eq!(held.unwrap_err().raw_os_error(), Some(libc::EPERM));
+    }
+
+    /// A microVM whose answers to changes are held back.
+    struct Slow {
+        fake: Fake,
+        asked: mpsc::Sender<(Action, Answer)>,
+    }
+
+    impl Backend for Slow {
+        fn send(&self, action: Action, answer: Answer) {
+            self.asked.send((action, answer)).unwrap();
+        }
+        fn vcpus(&self) -> usize {
+            self.fake.vcpus()
+        }
+        fn read(&self, index: usize) -> Option<accounting::Reading> {
+            self.fake.read(index)
+        }
+        fn explain(&self, index: usize) -> Option<accounting::Explained> {
+            self.fake.explain(index)
+        }
+        fn histograms(&self, index: usize) -> Option<accounting::reading::Histograms> {
+            self.fake.histograms(index)
+        }
+        fn disturbances(&self, index: usize) -> Vec<accounting::disturbance::Disturbance> {
+            self.fake.disturbances(index)
+        }
+    }
+
+    #[test]
+    fn what_follows_from_a_change_follows_though_its_client_has_hung_up() {
+        let scratch = Scratch::new();
+        let (asked, asks) = mpsc::channel();
+        let (starting, started) = mpsc::channel();
+        let fake = Fake::new(RunState::Running);
+        let listeners = Listeners {
+            unix: Some(socket::bind(&scratch.path("s")).unwrap()),
+            tcp: None,
+        };
+        let server = Server::spawn().unwrap();
+        let backend = Arc::new(Slow { fake, asked });
+        let follows = move || starting.send(()).unwrap();
+        server.open(listeners, backend, Limits::default(), follows).unwrap();
+        let body = r#"{"action_type": "InstanceStart"}"#;
+        let mut client = UnixStream::connect(scratch.path("s")).unwrap();
+        write!(
+            client,
+            "PUT /actions HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .unwrap();
+        let (action, answer) = asks.recv_timeout(PATIENCE).unwrap();
+        assert!(matches!(action, Action::Start));
+        drop(client);
+        // The server hears of it before it hears of these.
+        for _ in 0..3 {
+            let mut other = Client::with_patience(&scratch.path("s"), PATIENCE).unwrap();
+            other.get("/vcpus").unwrap();
+        }
+        assert!(started.try_recv().is_err(), "not before it is answered");
+        answer(Ok(Reply::Done));
+        started.recv_timeout(PATIENCE).unwrap();
     }
 
     #[test]
