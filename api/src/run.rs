@@ -370,7 +370,10 @@ mod tests {
         };
         assert_eq!(answered(|| Err(ActionError::Ended)).unwrap(), Done::ToTheEnd);
         let refused = answered(|| Err(ActionError::NoKernel)).unwrap_err().to_string();
-        assert!(refused.contains("step") && refused.contains("no: Cannot start"), "{refused}");
+        assert!(
+            refused.contains("step") && refused.contains("no: Cannot start"),
+            "{refused}"
+        );
         assert_eq!(carry_out(steps(), |_| Ok(Reply::Done), words).unwrap(), Done::All);
     }
 

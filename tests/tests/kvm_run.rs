@@ -91,9 +91,7 @@ fn a_sigterm_while_it_is_configured_ends_it_in_good_order() {
     let path = |name: &str, bytes: &[u8]| folder.write(name, bytes).display().to_string();
     let kernel = path("kernel", &elf(&Program::spin_forever()));
     let disks: Vec<_> = (0..12).map(|index| path(&format!("disk{index}"), &[0; 512])).collect();
-    let drive = |index: usize| {
-        serde_json::json!({ "drive_id": format!("d{index}"), "path_on_host": disks[index], "is_root_device": false })
-    };
+    let drive = |index: usize| serde_json::json!({ "drive_id": format!("d{index}"), "path_on_host": disks[index], "is_root_device": false });
     let config = serde_json::json!({
         "boot-source": { "kernel_image_path": kernel },
         "machine-config": { "vcpu_count": 1, "mem_size_mib": 16 },

@@ -158,13 +158,7 @@ async fn admit(State((shared, limits)): State<(Shared, Limits)>, request: Reques
 }
 
 /// Handles what was taken in, and counts it.
-async fn handle(
-    shared: Shared,
-    method: Method,
-    path: String,
-    request: Result<Request, Fault>,
-    next: Next,
-) -> Response {
+async fn handle(shared: Shared, method: Method, path: String, request: Result<Request, Fault>, next: Next) -> Response {
     let line = format!("{method} {path}");
     let response = match request {
         Ok(request) => next.run(request).await,
