@@ -14,7 +14,7 @@ use rustix::time::ClockId;
 use vmm::config::{BootSource, Entropy, HugePages, MachineConfig, Metrics};
 use vmm::log::LogSink;
 use vmm::mmds::data::DEFAULT_LIMIT_BYTES;
-use vmm::{Action, ActionError, Options, Reply, Unstarted, VmmHandle};
+use vmm::{Action, ActionError, End, Options, Reply, Unstarted, VmmHandle};
 
 use crate::cli::{Run, Serve, StartTimes};
 use crate::console::{self, Typing};
@@ -177,7 +177,7 @@ fn launch(plan: Plan) -> Result<u8> {
     if let Err(error) = descriptors::raise_limit() {
         tracing::warn!("the limit on open files stays what it is: {error}; a guest may run out of connections");
     }
-    let (unix, socket_file) = plan.unix.as_deref().map(socket::bind).transpose()?.unzip();
+    let unix = plan.unix.as_deref().map(socket::bind).transpose()?;
     let tcp = plan.tcp.map(socket::bind_tcp).transpose()?;
     let (typing, console) = console::open().context("the guest's console cannot be opened")?;
     let options = Options {
@@ -199,42 +199,80 @@ fn launch(plan: Plan) -> Result<u8> {
         Configure::AndStart(steps) => (steps, true),
         Configure::Only(steps) => (steps, false),
     };
-    let at_once = !start && steps.is_empty();
-    let open = || {
-        let Some(server) = &server else { return Ok(()) };
+    let held = if let Some(server) = &server {
+        let (listeners, backend) = (Listeners { unix, tcp }, Arc::new(handle.clone()));
         let session = session.clone();
         let started = move || session.open_console();
-        let opened = server.open(Listeners { unix, tcp }, Arc::new(handle.clone()), plan.limits, started);
-        opened.context("the API cannot be served")?;
-        report_start(&handle, plan.started);
-        anyhow::Ok(())
+        let opened = if start || !steps.is_empty() {
+            server.hold(listeners, backend, plan.limits, started).map(Some)
+        } else {
+            server.open(listeners, backend, plan.limits, started).map(|()| None)
+        };
+        opened.context("the API cannot be served")?
+    } else {
+        None
     };
-    let open = if at_once { open().map(|()| None)? } else { Some(open) };
-    let vmm = vmm.start().context("the VMM's thread cannot be started")?;
+    if served && held.is_none() {
+        report_start(&handle, plan.started);
+    }
     signals::watch(blocked, {
         let session = session.clone();
         move |signal| session.stop(Asked::Signal(signal))
     })
     .context("the thread that waits for signals cannot be started")?;
+    // What can fail for want of anything has been done by now: nothing leaves the VMM behind that starts here.
+    let vmm = vmm.start().context("the VMM's thread cannot be started")?;
 
-    for Step { name, action } in steps.into_iter().chain(start.then(|| Step::new("", Action::Start))) {
-        let refused = |error| anyhow::Error::msg(Step::in_words(&name, &(plan.in_words)(&error)));
-        handle.request(action).map_err(refused)?;
-    }
-    if start {
-        session.open_console();
-    }
-    if let Some(open) = open {
-        open()?;
+    let steps = steps.into_iter().chain(start.then(|| Step::new("", Action::Start)));
+    let done = carry_out(steps, |action| handle.request(action), plan.in_words)?;
+    if done == Done::All {
+        if start {
+            session.open_console();
+        }
+        if let Some(held) = held {
+            held.serve();
+            report_start(&handle, plan.started);
+        }
     }
 
     let end = vmm.join();
     drop(server);
-    drop(socket_file);
     console::restore();
-    let (status, word) = exit::of(&end, session.asked(), plan.on_reboot);
-    exit::say(&word);
-    Ok(status)
+    match end {
+        // No guest of it ever ran.
+        End::KvmError(line) if handle.accounts().get().is_none() => Err(anyhow::Error::msg(line)),
+        end => {
+            let (status, word) = exit::of(&end, session.asked(), plan.on_reboot);
+            exit::say(&word);
+            Ok(status)
+        }
+    }
+}
+
+/// How far the steps came.
+#[derive(Debug, PartialEq, Eq)]
+enum Done {
+    /// To the last one.
+    All,
+    /// To the microVM's end, which came before.
+    ToTheEnd,
+}
+
+/// Has `request` do `steps`, one after the other. Refusals are put `in_words`.
+fn carry_out(
+    steps: impl IntoIterator<Item = Step>,
+    request: impl Fn(Action) -> Result<Reply, ActionError>,
+    in_words: fn(&ActionError) -> String,
+) -> Result<Done> {
+    for Step { name, action } in steps {
+        match request(action) {
+            Ok(_) => {}
+            // A signal, or the VMM could not go on: its end says which.
+            Err(ActionError::Ended) => return Ok(Done::ToTheEnd),
+            Err(refusal) => return Err(anyhow::Error::msg(Step::in_words(&name, &in_words(&refusal)))),
+        }
+    }
+    Ok(Done::All)
 }
 
 /// Tells the metrics how long it took until the API was served: nothing where the jailer has not said when it began.
@@ -317,6 +355,27 @@ mod tests {
     use vmm::memory::MemoryError;
 
     use super::*;
+
+    #[test]
+    fn a_microvm_that_ends_between_two_steps_is_no_refusal() {
+        let steps = || [Action::GetInfo, Action::GetConfig, Action::Start].map(|action| Step::new("step", action));
+        let words = |error: &ActionError| format!("no: {error}");
+        let answered = |to_config: fn() -> Result<Reply, ActionError>| {
+            let request = |action| match action {
+                Action::GetInfo => Ok(Reply::Done),
+                Action::GetConfig => to_config(),
+                action => panic!("{action:?} comes after the last one"),
+            };
+            carry_out(steps(), request, words)
+        };
+        assert_eq!(answered(|| Err(ActionError::Ended)).unwrap(), Done::ToTheEnd);
+        let refused = answered(|| Err(ActionError::NoKernel)).unwrap_err().to_string();
+        assert!(
+            refused.contains("step") && refused.contains("no: Cannot start"),
+            "{refused}"
+        );
+        assert_eq!(carry_out(steps(), |_| Ok(Reply::Done), words).unwrap(), Done::All);
+    }
 
     #[test]
     fn who_typed_flags_is_told_of_flags() {

@@ -6,7 +6,6 @@
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -22,6 +21,7 @@ use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use vmm::unix_socket::Listening;
 
 use crate::backend::Backend;
 use crate::line::Line;
@@ -41,12 +41,12 @@ const HEAD_TIME: Duration = Duration::from_secs(60);
 #[derive(Debug, Default)]
 pub struct Listeners {
     /// `--api-sock`.
-    pub unix: Option<UnixListener>,
+    pub unix: Option<Listening>,
     /// `--api-listen`.
     pub tcp: Option<TcpListener>,
 }
 
-/// The server. It serves once it is opened; dropping it stops it: nothing more is accepted, requests under way may finish.
+/// The server. It serves once it is opened, or [held](Server::hold) and let go; dropping it stops it: nothing more is accepted, requests under way may finish.
 #[derive(Debug)]
 pub struct Server {
     open: Option<mpsc::Sender<Opened>>,
@@ -69,6 +69,21 @@ struct Opened {
     service: Surface,
     backend: Arc<dyn Backend>,
     cpus: Arc<OnceLock<HostCpus>>,
+    go: oneshot::Receiver<()>,
+}
+
+/// A server that has all it takes to serve, and does not: clients that connect wait. Dropped, it never will.
+#[derive(Debug)]
+pub struct Held {
+    go: oneshot::Sender<()>,
+}
+
+impl Held {
+    /// Serves.
+    pub fn serve(self) {
+        // A thread that panicked has been reported by the panic hook.
+        let _ = self.go.send(());
+    }
 }
 
 impl Server {
@@ -82,7 +97,7 @@ impl Server {
     pub fn spawn() -> io::Result<Self> {
         let (open, opened) = mpsc::channel();
         let (serving, serves) = mpsc::channel();
-        let (stop, stopped) = oneshot::channel();
+        let (stop, mut stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("api".to_owned()).spawn(move || {
             let prepared = HostCpus::read().and_then(|host| {
                 let mut runtime = tokio::runtime::Builder::new_current_thread();
@@ -94,15 +109,16 @@ impl Server {
                 service,
                 backend,
                 cpus,
+                go,
             }) = opened.recv()
             else {
                 return;
             };
             let listening = prepared.and_then(|(host, runtime)| {
-                let host = cpus.get_or_init(|| host);
-                keep_off_vcpus(host, &*backend);
+                cpus.get_or_init(|| host);
                 let _in_runtime = runtime.enter();
-                let unix = listeners.unix.map(tokio::net::UnixListener::from_std).transpose()?;
+                let in_unix = |unix: Listening| unix.try_map(tokio::net::UnixListener::from_std);
+                let unix = listeners.unix.map(in_unix).transpose()?;
                 let tcp = listeners.tcp.map(tokio::net::TcpListener::from_std).transpose()?;
                 Ok((runtime, unix, tcp))
             });
@@ -112,7 +128,18 @@ impl Server {
             };
             // The opener waits for it.
             let _ = serving.send(Ok(()));
-            runtime.block_on(accept(unix, tcp, service, stopped));
+            runtime.block_on(async {
+                tokio::select! {
+                    biased;
+                    // Dropped by whoever held it, it never serves.
+                    gone = go => if gone.is_err() { return },
+                    _ = &mut stopped => return,
+                }
+                if let Some(host) = cpus.get() {
+                    keep_off_vcpus(host, &*backend);
+                }
+                accept(unix, tcp, service, stopped).await;
+            });
             runtime.shutdown_background();
         })?;
         Ok(Self {
@@ -123,8 +150,8 @@ impl Server {
         })
     }
 
-    /// Serves `backend` on `listeners`; to be called once. `started` is called on the server's thread once the guest has been
-    /// started over the API.
+    /// Serves `backend` on `listeners`; to be called once, or [`Server::hold`] is. `started` is called on the server's thread once
+    /// the guest has been started over the API.
     ///
     /// # Errors
     /// The host's CPUs could not be read, or no runtime be made that takes the sockets.
@@ -134,6 +161,37 @@ impl Server {
         backend: Arc<dyn Backend>,
         limits: Limits,
         started: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<()> {
+        let (held, go) = oneshot::channel();
+        // Beforehand, so that the thread goes on without another word.
+        Held { go: held }.serve();
+        self.take(listeners, backend, limits, started, go)
+    }
+
+    /// As [`Server::open`], but for serving, which is up to what is returned: for whoever has to know that nothing can fail any
+    /// more, and has something to do first.
+    ///
+    /// # Errors
+    /// As [`Server::open`].
+    pub fn hold(
+        &self,
+        listeners: Listeners,
+        backend: Arc<dyn Backend>,
+        limits: Limits,
+        started: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<Held> {
+        let (held, go) = oneshot::channel();
+        self.take(listeners, backend, limits, started, go)?;
+        Ok(Held { go: held })
+    }
+
+    fn take(
+        &self,
+        listeners: Listeners,
+        backend: Arc<dyn Backend>,
+        limits: Limits,
+        started: impl Fn() + Send + Sync + 'static,
+        go: oneshot::Receiver<()>,
     ) -> io::Result<()> {
         let cpus = Arc::new(OnceLock::new());
         let keep_off = {
@@ -163,6 +221,7 @@ impl Server {
             service,
             backend,
             cpus,
+            go,
         };
         self.open
             .as_ref()
@@ -194,7 +253,7 @@ fn keep_off_vcpus(host: &HostCpus, backend: &dyn Backend) {
 }
 
 async fn accept(
-    unix: Option<tokio::net::UnixListener>,
+    unix: Option<Listening<tokio::net::UnixListener>>,
     tcp: Option<tokio::net::TcpListener>,
     service: Surface,
     mut stop: oneshot::Receiver<()>,
@@ -208,7 +267,7 @@ async fn accept(
     };
     loop {
         let accepted = tokio::select! {
-            accepted = next_unix(unix.as_ref()) => accepted.map(Accepted::Unix),
+            accepted = next_unix(unix.as_ref().map(Listening::listener)) => accepted.map(Accepted::Unix),
             accepted = next_tcp(tcp.as_ref()) => accepted.map(Accepted::Tcp),
             _ = &mut stop => break,
         };
@@ -222,6 +281,7 @@ async fn accept(
             }
         }
     }
+    // Before anybody is waited for, so that another microVM may take the path.
     drop((unix, tcp));
     service.shared.end_streams();
     if tokio::time::timeout(service.limits.linger, graceful.shutdown())
@@ -299,305 +359,5 @@ impl Connection {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::{BufRead, BufReader, Read, Write};
-    use std::os::unix::net::UnixStream;
-
-    use vmm::RunState;
-
-    use super::*;
-    use crate::backend::fake::Fake;
-    use crate::client::{Client, ClientError};
-    use crate::scratch::Scratch;
-    use crate::socket;
-
-    /// Far above what any answer takes on the slowest machine: only so that a failure does not hang.
-    const PATIENCE: Duration = Duration::from_secs(60);
-
-    struct Served {
-        scratch: Scratch,
-        server: Server,
-        _file: Arc<vmm::unix_socket::SocketFile>,
-    }
-
-    impl Served {
-        fn with(limits: Limits) -> Self {
-            let scratch = Scratch::new();
-            let (unix, file) = socket::bind(&scratch.path("s")).unwrap();
-            let backend = Arc::new(Fake::new(RunState::Running));
-            let listeners = Listeners {
-                unix: Some(unix),
-                tcp: None,
-            };
-            let server = Server::spawn().unwrap();
-            server.open(listeners, backend, limits, || {}).unwrap();
-            Self {
-                scratch,
-                server,
-                _file: file,
-            }
-        }
-
-        fn new() -> Self {
-            Self::with(Limits::default())
-        }
-
-        fn connect(&self) -> UnixStream {
-            let stream = UnixStream::connect(self.scratch.path("s")).unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            stream
-        }
-
-        fn client(&self) -> Result<Client, ClientError> {
-            Client::with_patience(&self.scratch.path("s"), PATIENCE)
-        }
-
-        fn answers(&self) -> bool {
-            self.client().and_then(|mut client| client.get("/version")).is_ok()
-        }
-    }
-
-    /// All that comes until the server closes the connection.
-    fn read_all(mut stream: UnixStream) -> String {
-        let mut answer = Vec::new();
-        // A connection that is reset is closed too.
-        let _ = stream.read_to_end(&mut answer);
-        String::from_utf8(answer).unwrap()
-    }
-
-    #[test]
-    fn half_a_request_held_open_holds_nobody_up() {
-        let served = Served::new();
-        let halves: [&[u8]; 5] = [
-            b"",
-            b"G",
-            b"GET / HTTP/1.1\r\nHost",
-            b"PUT /actions HTTP/1.1\r\nContent-Length: 10\r\n\r\n{",
-            b"\r\n",
-        ];
-        let held: Vec<_> = halves.iter().map(|half| (served.connect(), half)).collect();
-        for (mut stream, half) in held.iter().map(|(stream, half)| (stream, half)) {
-            stream.write_all(half).unwrap();
-            assert!(served.answers());
-        }
-        drop(served.server);
-        for (stream, _) in held {
-            assert_eq!(read_all(stream), "");
-        }
-    }
-
-    #[test]
-    fn a_body_that_does_not_come_is_refused_in_time() {
-        let served = Served::with(Limits {
-            body_time: Duration::from_millis(20),
-            ..Limits::default()
-        });
-        let mut stream = served.connect();
-        stream
-            .write_all(b"PUT /actions HTTP/1.1\r\nContent-Length: 10\r\nConnection: close\r\n\r\n{")
-            .unwrap();
-        let answer = read_all(stream);
-        assert!(
-            answer.starts_with("HTTP/1.1 400 ") && answer.contains("did not arrive"),
-            "{answer}"
-        );
-    }
-
-    #[test]
-    fn a_body_of_10_mib_is_refused_and_its_sender_gets_to_read_that() {
-        let served = Served::new();
-        let body = vec![b' '; 10 << 20];
-        for chunked in [false, true] {
-            let mut stream = served.connect();
-            let head = "PUT /actions HTTP/1.1\r\nConnection: close\r\n";
-            if chunked {
-                write!(stream, "{head}Transfer-Encoding: chunked\r\n\r\n{:x}\r\n", body.len()).unwrap();
-                stream.write_all(&body).unwrap();
-                stream.write_all(b"\r\n0\r\n\r\n").unwrap();
-            } else {
-                write!(stream, "{head}Content-Length: {}\r\n\r\n", body.len()).unwrap();
-                stream.write_all(&body).unwrap();
-            }
-            let answer = read_all(stream);
-            assert!(
-                answer.starts_with("HTTP/1.1 400 ") && answer.contains("51200"),
-                "chunked {chunked}: {answer}"
-            );
-            assert!(served.answers());
-        }
-    }
-
-    #[test]
-    fn an_endless_body_is_cut_off() {
-        let served = Served::new();
-        let mut stream = served.connect();
-        write!(
-            stream,
-            "PUT /actions HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
-            1_u64 << 40
-        )
-        .unwrap();
-        let answer = read_all(stream);
-        assert!(
-            answer.starts_with("HTTP/1.1 400 ") && answer.contains("51200"),
-            "{answer}"
-        );
-        assert!(served.answers());
-    }
-
-    #[test]
-    fn what_is_not_http_costs_its_own_connection_only() {
-        let served = Served::new();
-        let endless_head = format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(1 << 20));
-        for bytes in [
-            b"\x16\x03\x01\x02\x00\x01\x00".as_slice(),
-            b"hello\r\n\r\n",
-            b"\0\0\0\0",
-            endless_head.as_bytes(),
-        ] {
-            let mut stream = served.connect();
-            // It may be closed before all is written.
-            let _ = stream.write_all(bytes);
-            let _ = stream.shutdown(std::net::Shutdown::Write);
-            let answer = read_all(stream);
-            assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
-            assert!(served.answers());
-        }
-    }
-
-    #[test]
-    fn one_connection_too_many_is_told_so_and_others_are_served_on() {
-        let served = Served::new();
-        let mut first = served.client().unwrap();
-        first.get("/version").unwrap();
-        let idle: Vec<_> = (1..CONNECTIONS).map(|_| served.connect()).collect();
-        // Connections are accepted in the order they were made.
-        let answer = read_all(served.connect());
-        assert!(
-            answer.starts_with("HTTP/1.1 503 ") && answer.contains("Too many open connections"),
-            "{answer}"
-        );
-        assert!(first.get("/vcpus").is_ok());
-        drop(idle);
-        // Room is made as the server sees them close: ask until it has.
-        while !served.answers() {
-            std::thread::yield_now();
-        }
-    }
-
-    #[test]
-    fn a_client_that_reads_no_answer_holds_nobody_up() {
-        let served = Served::new();
-        let stream = served.connect();
-        stream.set_nonblocking(true).unwrap();
-        // Until neither side takes any more.
-        while (&stream).write_all(&b"GET /vcpus HTTP/1.1\r\n\r\n".repeat(64)).is_ok() {}
-        assert!(served.answers());
-    }
-
-    impl Served {
-        /// A client of the stream, which has got a reading.
-        fn listen(&self, interval_ms: u32) -> BufReader<UnixStream> {
-            let mut stream = BufReader::new(self.connect());
-            let request = format!("GET /vcpus/stream?interval_ms={interval_ms} HTTP/1.1\r\n\r\n");
-            stream.get_mut().write_all(request.as_bytes()).unwrap();
-            next_reading(&mut stream);
-            stream
-        }
-    }
-
-    fn next_reading(stream: &mut BufReader<UnixStream>) -> String {
-        let mut line = String::new();
-        while !line.starts_with("data: {") {
-            line.clear();
-            assert_ne!(stream.read_line(&mut line).unwrap(), 0, "the stream has ended");
-        }
-        line["data: ".len()..].trim_end().to_owned()
-    }
-
-    #[test]
-    fn a_stream_says_what_a_request_is_answered_until_the_server_stops() {
-        let served = Served::new();
-        let mut stream = served.listen(10);
-        let mut client = Client::connect(&served.scratch.path("s")).unwrap();
-        for index in [1, 0, 1, 0] {
-            let answer = client.get(&format!("/vcpus/{index}/cputime")).unwrap();
-            assert_eq!(next_reading(&mut stream).as_bytes(), answer);
-        }
-        drop(served.server);
-        let mut rest = String::new();
-        stream.read_to_string(&mut rest).unwrap();
-        assert!(rest.ends_with("\r\n0\r\n\r\n"), "not ended in order: {rest}");
-    }
-
-    #[test]
-    fn streams_take_no_places_of_requests_however_many_come_at_once() {
-        let served = Served::new();
-        let request = b"GET /vcpus/stream?interval_ms=60000 HTTP/1.1\r\n\r\n";
-        let connect = || {
-            let mut stream = served.connect();
-            stream.write_all(request).unwrap();
-            BufReader::new(stream)
-        };
-        let mut streams: Vec<_> = (0..2 * CONNECTIONS).map(|_| connect()).collect();
-        for stream in &mut streams {
-            next_reading(stream);
-        }
-        assert!(served.answers());
-    }
-
-    #[test]
-    fn the_end_does_not_wait_for_clients_that_read_nothing() {
-        let served = Served::with(Limits {
-            // A server that waited would be noticed.
-            linger: Duration::from_secs(3600),
-            ..Limits::default()
-        });
-        let mut deaf: Vec<_> = (0..8).map(|_| served.listen(10)).collect();
-        // A hundred readings, some 80 KB, are more than a stream's socket holds.
-        let mut hearing = served.listen(10);
-        for _ in 0..100 {
-            next_reading(&mut hearing);
-        }
-        let (ended, end) = std::sync::mpsc::channel();
-        let server = served.server;
-        std::thread::spawn(move || {
-            drop(server);
-            ended.send(()).unwrap();
-        });
-        end.recv_timeout(Duration::from_secs(60))
-            .expect("the server waits for them");
-        for stream in &mut deaf {
-            let mut rest = Vec::new();
-            let _ = stream.read_to_end(&mut rest);
-            assert!(
-                !rest.ends_with(b"\r\n0\r\n\r\n"),
-                "what was cut off is not said to be whole"
-            );
-            assert!(rest.len() < 64 << 10, "{} bytes were held for it", rest.len());
-        }
-    }
-
-    #[test]
-    fn the_loopback_is_served_as_the_socket_is() {
-        let tcp = socket::bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = tcp.local_addr().unwrap();
-        let backend = Arc::new(Fake::new(RunState::Running));
-        let listeners = Listeners {
-            unix: None,
-            tcp: Some(tcp),
-        };
-        let server = Server::spawn().unwrap();
-        server.open(listeners, backend, Limits::default(), || {}).unwrap();
-        let mut stream = std::net::TcpStream::connect(address).unwrap();
-        stream
-            .write_all(b"GET /version HTTP/1.1\r\nConnection: close\r\n\r\n")
-            .unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        assert!(
-            answer.starts_with("HTTP/1.1 200 ") && answer.contains("firecracker_version"),
-            "{answer}"
-        );
-    }
-}
+#[path = "server_tests.rs"]
+mod tests;

@@ -5,12 +5,10 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use rustix::fs::Mode;
-use vmm::unix_socket::{self, MAX_PATH, Refusal, SocketFile};
+use vmm::unix_socket::{self, Listening, MAX_PATH, Refusal};
 
 /// Why a socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +67,7 @@ pub enum SocketError {
 ///
 /// # Errors
 /// See [`SocketError`].
-pub fn bind(path: &Path) -> Result<(UnixListener, Arc<SocketFile>), SocketError> {
+pub fn bind(path: &Path) -> Result<Listening, SocketError> {
     unix_socket::bind(path, Some(Mode::RUSR | Mode::WUSR)).map_err(|refusal| in_words(path, refusal))
 }
 
@@ -103,7 +101,7 @@ pub fn bind_tcp(address: SocketAddr) -> Result<TcpListener, SocketError> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
-    use std::os::unix::net::UnixStream;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     use super::*;
     use crate::scratch::Scratch;
@@ -112,10 +110,10 @@ mod tests {
     fn the_socket_is_its_owners_alone_and_goes_with_its_guard() {
         let scratch = Scratch::new();
         let path = scratch.path("s");
-        let (_listener, file) = bind(&path).unwrap();
+        let listening = bind(&path).unwrap();
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         assert!(UnixStream::connect(&path).is_ok());
-        drop(file);
+        drop(listening);
         assert!(!path.exists());
     }
 

@@ -53,6 +53,67 @@ fn who_watches_a_guest_ends_in_good_order_with_it() {
     }
 }
 
+#[test]
+fn a_guest_that_reads_no_keys_is_asked_by_the_first_sigterm_and_ended_by_the_second() {
+    require_bed!(kvm);
+    let mut vm = Vm::flat(&Program::deaf_driver(), []);
+    vm.process.wait_for("up");
+    // The keys that it has not read by then are these.
+    let keys = vm.ask("PUT", "/actions", Some(r#"{"action_type": "SendCtrlAltDel"}"#));
+    assert_eq!(keys.status, 204, "{}", keys.fault());
+    vm.process.signal(Signal::TERM);
+    vm.process.wait_for_error("the guest is asked to shut down");
+    assert_eq!(vm.ask("GET", "/", None).body["state"], "Running");
+    // Within a tenth of a second it would be taken for the first.
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    vm.process.signal(Signal::TERM);
+    let (status, _, stderr) = vm.process.wait();
+    assert_eq!(status.code(), Some(128 + 15), "{stderr}");
+}
+
+#[test]
+fn a_paused_guest_is_ended_by_the_first_sigterm() {
+    require_bed!(kvm);
+    let mut vm = Vm::flat(&Program::deaf_driver(), []);
+    vm.process.wait_for("up");
+    assert_eq!(vm.ask("PATCH", "/vm", Some(r#"{"state": "Paused"}"#)).status, 204);
+    vm.process.signal(Signal::TERM);
+    let (status, _, stderr) = vm.process.wait();
+    assert_eq!(status.code(), Some(128 + 15), "{stderr}");
+    assert!(!stderr.contains("the guest is asked"), "{stderr}");
+}
+
+/// It is there before the first of the steps by which a microVM comes to run, and is heard between any two of them.
+#[test]
+fn a_sigterm_while_it_is_configured_ends_it_in_good_order() {
+    require_bed!(kvm);
+    let folder = Folder::new();
+    let path = |name: &str, bytes: &[u8]| folder.write(name, bytes).display().to_string();
+    let kernel = path("kernel", &elf(&Program::spin_forever()));
+    let disks: Vec<_> = (0..12).map(|index| path(&format!("disk{index}"), &[0; 512])).collect();
+    let drive = |index: usize| serde_json::json!({ "drive_id": format!("d{index}"), "path_on_host": disks[index], "is_root_device": false });
+    let config = serde_json::json!({
+        "boot-source": { "kernel_image_path": kernel },
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": 16 },
+        "drives": (0..disks.len()).map(drive).collect::<Vec<_>>(),
+    });
+    let config = path("config", config.to_string().as_bytes());
+    let mut run = vec!["run", "--kernel", &kernel, "--mem", "16M"];
+    disks.iter().for_each(|disk| run.extend(["--disk", disk]));
+    for arguments in [run, vec!["--no-api", "--config-file", &config]] {
+        for _ in 0..5 {
+            // A signal that is blocked stays pending across exec (signal(7)).
+            let script = r#"sigprocmask(SIG_BLOCK, POSIX::SigSet->new(SIGTERM)); kill TERM => $$; exec @ARGV"#;
+            let mut command = std::process::Command::new("perl");
+            command.args(["-MPOSIX=:signal_h", "-e", script]);
+            command.arg(tests::bed::file("chronovisor")).args(&arguments);
+            let (status, _, stderr) = Process::spawn(command).wait();
+            assert_eq!(status.code(), Some(128 + 15), "{stderr}");
+            assert!(stderr.contains("ended by SIGTERM"), "{stderr}");
+        }
+    }
+}
+
 /// How many processes have `word` on their command line. A child forked off has its parent's.
 fn processes_with(word: &str) -> usize {
     let processes = std::fs::read_dir("/proc").expect("procfs").flatten();

@@ -97,8 +97,8 @@ pub enum Action {
     Pause,
     /// `PATCH /vm Resumed`. After start; no effect if running already.
     Resume,
-    /// SIGTERM. Has the guest end itself, by Ctrl-Alt-Del; where there is no guest, or none that could hear it, ends the VM now,
-    /// as [`Action::Stop`]. Always legal.
+    /// SIGTERM. Has the guest end itself, by Ctrl-Alt-Del; where there is no guest, or none that could hear it, be it paused or
+    /// without a keyboard driver, ends the VM now, as [`Action::Stop`]. Always legal.
     ShutDown,
     /// `PUT /vcpus/{index}/affinity`. After start.
     PutAffinity {

@@ -94,9 +94,11 @@ impl Run for FakeMachine {
     fn pause(&self) {
         log(&self.log).push("pause");
     }
+    /// Its guest never reads.
     fn ctrl_alt_del(&self) -> Result<(), KeysUnread> {
+        let unread = log(&self.log).contains(&"keys");
         log(&self.log).push("keys");
-        Ok(())
+        if unread { Err(KeysUnread) } else { Ok(()) }
     }
     fn hears_keys(&self) -> bool {
         !self.deaf

@@ -34,6 +34,7 @@ use crate::config::{
     Logger, MachineConfig, Metrics, NetworkInterfaceUpdate, Pinning, Processor, RateLimiter, Serial, VmConfig,
 };
 use crate::devices::MachineEvent;
+use crate::devices::i8042::KeysUnread;
 use crate::devices::virtio::balloon::BalloonError;
 use crate::end::{self, End};
 use crate::machine::Plan;
@@ -265,15 +266,17 @@ impl<B: Builder> Lifecycle<B> {
                 });
             }
             Action::ShutDown => {
-                let asked = self
-                    .machine()
-                    .is_ok_and(|machine| machine.hears_keys() && machine.ctrl_alt_del().is_ok());
-                if asked {
+                // One that is held hears nothing, and might be held for ever.
+                if let State::Running(machine) = &self.state
+                    && machine.hears_keys()
+                {
+                    // Refused, it has the last ones still to read: they ask the same of it.
+                    let _: Result<(), KeysUnread> = machine.ctrl_alt_del();
                     return Ok(Reply::GuestAsked);
                 }
-                self.state = State::Ended(End::Stopped);
+                self.finish(End::Stopped);
             }
-            Action::Stop => self.state = State::Ended(End::Stopped),
+            Action::Stop => self.finish(End::Stopped),
         }
         Ok(Reply::Done)
     }
@@ -282,8 +285,22 @@ impl<B: Builder> Lifecycle<B> {
     pub fn hear(&mut self, event: MachineEvent) {
         // Before Start: said by a machine whose build failed half-way. After the end: what follows from it.
         if let (State::Running(_) | State::Paused(_), Some(end)) = (&self.state, end::of(event)) {
-            self.state = State::Ended(end);
+            self.finish(end);
         }
+    }
+
+    /// Stops the machine, where there is one, for good.
+    fn finish(&mut self, end: End) {
+        if self.has_metrics() {
+            // Held, its vCPUs count no more: the last line tells all they counted.
+            if let State::Running(machine) = &self.state {
+                machine.pause();
+            }
+            if let Err(error) = self.flush_metrics() {
+                tracing::warn!("{error}");
+            }
+        }
+        self.state = State::Ended(end);
     }
 
     fn before_start(&self) -> Result<(), ActionError> {

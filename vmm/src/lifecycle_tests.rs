@@ -7,6 +7,7 @@ use crate::HintingStart;
 use crate::config::{ConfigError, MachineConfigUpdate, Template};
 use crate::fake::{FakeBuilder, Log};
 use crate::mmds::data::DEFAULT_LIMIT_BYTES;
+use crate::testing::TempFile;
 
 struct Case {
     life: Lifecycle<FakeBuilder>,
@@ -313,6 +314,20 @@ fn who_is_to_shut_down_is_asked_and_who_cannot_hear_is_ended() {
     assert_eq!(asked.life.act(Action::ShutDown).unwrap(), Reply::GuestAsked);
     assert_eq!((asked.life.end(), asked.log()), (None, vec!["resume", "keys"]));
 
+    let mut busy = started();
+    busy.life.act(Action::SendCtrlAltDel).unwrap();
+    assert_eq!(
+        busy.life.act(Action::ShutDown).unwrap(),
+        Reply::GuestAsked,
+        "it hears, but has the last keys still to read"
+    );
+    assert_eq!(busy.life.end(), None);
+
+    let mut held = started();
+    held.life.act(Action::Pause).unwrap();
+    held.life.act(Action::ShutDown).unwrap();
+    assert_eq!(held.life.end(), Some(&End::Stopped));
+
     let mut deaf = Case::new(FakeBuilder {
         deaf: true,
         ..FakeBuilder::default()
@@ -327,6 +342,34 @@ fn who_is_to_shut_down_is_asked_and_who_cannot_hear_is_ended() {
     let mut not_started = case();
     not_started.life.act(Action::ShutDown).unwrap();
     assert_eq!(not_started.life.end(), Some(&End::Stopped));
+}
+
+#[test]
+fn the_metrics_have_a_last_line_however_it_ends() {
+    for paused in [false, true] {
+        for end in 0..3 {
+            let file = TempFile::new(b"");
+            let mut case = case();
+            let metrics = serde_json::json!({ "metrics_path": file.path() });
+            case.life.act(Action::PutMetrics(from_json(metrics))).unwrap();
+            case.start();
+            if paused {
+                case.life.act(Action::Pause).unwrap();
+            }
+            let lines = || std::fs::read_to_string(file.path()).unwrap().lines().count();
+            assert_eq!(lines(), 1, "at the start");
+            match end {
+                0 => drop(case.life.act(Action::Stop).unwrap()),
+                1 => case.life.hear(MachineEvent::PowerOff),
+                _ => case.life.hear(MachineEvent::Vcpu {
+                    index: 0,
+                    end: vcpu::VcpuEnd::TripleFault,
+                }),
+            }
+            assert_eq!(lines(), 2, "paused: {paused}, end {end}");
+            assert_eq!(case.log(), ["resume", "pause", "stop"], "held before it is told");
+        }
+    }
 }
 
 #[test]

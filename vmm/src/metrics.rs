@@ -1,4 +1,4 @@
-//! `/metrics`: Firecracker's metrics, a line of JSON at the start, every 60 s, and at each `FlushMetrics`.
+//! `/metrics`: Firecracker's metrics, a line of JSON at the start, every 60 s, at each `FlushMetrics`, and at the end.
 //!
 //! Names and places are Firecracker's where the figure is the same: `block` sums up all `block_{id}`, and so on. As there, a
 //! counter is what was counted since the line before. What is not counted here is left out rather than said to be 0; `vcpu`

@@ -1,7 +1,10 @@
 //! Unix sockets that this process listens on, and their files.
 //!
 //! An existing file is never replaced, not even the socket of a process that has ended: two that start at once would each take the path
-//! from the other, and it may be another microVM's. A [`Refusal`] says which it is.
+//! from the other, and it may be another microVM's. A [`Refusal`] says which it is. One that has been bound and does not listen yet
+//! refuses connections as one left behind does: only one that goes on refusing them is called that.
+//!
+//! A [`Listening`] removes the file before it closes the socket: there is no instant at which its file is one left behind.
 //!
 //! A file goes with its [`SocketFile`], and with the process where that ends by [`remove_all`]: on a way out that waits for nobody,
 //! whoever owns the file may not get to drop it.
@@ -12,6 +15,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use rustix::fs::Mode;
 use rustix::io::Errno;
@@ -22,6 +26,11 @@ pub const MAX_PATH: usize = 107;
 
 /// Connections that may wait to be accepted: as many as std's listeners let.
 const BACKLOG: i32 = 128;
+
+/// How often a socket that nobody listens on is looked at before it is one left behind, and how long between two looks. From
+/// bind(2) to listen(2) are some microseconds, unless its process is not run.
+const LOOKS: usize = 20;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 
 /// The files of all sockets of this process.
 static FILES: Mutex<Vec<Weak<SocketFile>>> = Mutex::new(Vec::new());
@@ -83,6 +92,38 @@ impl Drop for SocketFile {
     }
 }
 
+/// A socket that listens, and its file.
+#[derive(Debug)]
+pub struct Listening<L = UnixListener> {
+    // In the order in which they go.
+    file: Arc<SocketFile>,
+    listener: L,
+}
+
+impl<L> Listening<L> {
+    /// Its file.
+    #[must_use]
+    pub fn file(&self) -> &SocketFile {
+        &self.file
+    }
+
+    /// The listener.
+    #[must_use]
+    pub fn listener(&self) -> &L {
+        &self.listener
+    }
+
+    /// The same, with its listener in the shape that `shape` makes of it.
+    ///
+    /// # Errors
+    /// What `shape` says.
+    pub fn try_map<M, E>(self, shape: impl FnOnce(L) -> Result<M, E>) -> Result<Listening<M>, E> {
+        let Self { file, listener } = self;
+        let listener = shape(listener)?;
+        Ok(Listening { file, listener })
+    }
+}
+
 /// Removes the files of all sockets of this process, which is about to end.
 pub fn remove_all() {
     let files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -93,7 +134,12 @@ pub fn remove_all() {
 ///
 /// # Errors
 /// See [`Refusal`].
-pub fn bind(path: &Path, mode: Option<Mode>) -> Result<(UnixListener, Arc<SocketFile>), Refusal> {
+pub fn bind(path: &Path, mode: Option<Mode>) -> Result<Listening, Refusal> {
+    bind_after(path, mode, || std::thread::sleep(BETWEEN_LOOKS))
+}
+
+/// [`bind`], which waits for another to listen, or to go, by `wait`.
+fn bind_after(path: &Path, mode: Option<Mode>, mut wait: impl FnMut()) -> Result<Listening, Refusal> {
     let length = path.as_os_str().len();
     if length > MAX_PATH {
         return Err(Refusal::TooLong { length });
@@ -105,8 +151,15 @@ pub fn bind(path: &Path, mode: Option<Mode>) -> Result<(UnixListener, Arc<Socket
         // beforehand, there is no instant at which others could connect.
         rustix::fs::fchmod(&fd, mode)?;
     }
+    let mut looks = 1;
     // It follows no symbolic link in the last part, and replaces nothing.
-    rustix::net::bind(&fd, &address).map_err(|error| refusal(path, error))?;
+    while let Err(error) = rustix::net::bind(&fd, &address) {
+        match refusal(path, error) {
+            Refusal::Stale if looks < LOOKS => wait(),
+            refusal => return Err(refusal),
+        }
+        looks += 1;
+    }
     let metadata = path.symlink_metadata().map_err(Refusal::Other)?;
     let file = Arc::new(SocketFile {
         path: path.to_owned(),
@@ -117,7 +170,8 @@ pub fn bind(path: &Path, mode: Option<Mode>) -> Result<(UnixListener, Arc<Socket
     files.push(Arc::downgrade(&file));
     drop(files);
     rustix::net::listen(&fd, BACKLOG)?;
-    Ok((UnixListener::from(fd), file))
+    let listener = UnixListener::from(fd);
+    Ok(Listening { file, listener })
 }
 
 /// Connects to `path`, without waiting: a socket whose queue is full says [`Errno::AGAIN`].
@@ -142,7 +196,8 @@ fn refusal(path: &Path, error: Errno) -> Refusal {
             Ok(metadata) if !metadata.file_type().is_socket() => Refusal::NotASocket,
             // Only to see whether somebody listens.
             _ => match connect(path) {
-                Err(Errno::CONNREFUSED) => Refusal::Stale,
+                // Where it has gone in between, it is bound at the next try.
+                Err(Errno::CONNREFUSED | Errno::NOENT) => Refusal::Stale,
                 _ => Refusal::InUse,
             },
         },
@@ -170,22 +225,38 @@ mod tests {
     #[test]
     fn a_socket_has_its_mode_and_goes_with_its_file() {
         let path = path();
-        let (_listener, file) = bind(&path, Some(Mode::RUSR | Mode::WUSR)).unwrap();
+        let listening = bind(&path, Some(Mode::RUSR | Mode::WUSR)).unwrap();
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         assert!(UnixStream::connect(&path).is_ok());
-        drop(file);
+        drop(listening);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn one_that_does_not_listen_yet_is_not_called_left_behind() {
+        let path = path();
+        let fd = socket().unwrap();
+        rustix::net::bind(&fd, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        let listens = || rustix::net::listen(&fd, BACKLOG).unwrap();
+        assert!(matches!(bind_after(&path, None, listens), Err(Refusal::InUse)));
+        drop(fd);
+        let mut waits = 0;
+        let refused = bind_after(&path, None, || waits += 1);
+        assert!(matches!(refused, Err(Refusal::Stale)));
+        assert_eq!(waits, LOOKS - 1);
+        let goes = || std::fs::remove_file(&path).unwrap();
+        assert!(bind_after(&path, None, goes).is_ok(), "its place is free");
     }
 
     #[test]
     fn a_file_that_has_taken_its_place_is_left_alone() {
         let path = path();
-        let (_listener, file) = bind(&path, None).unwrap();
+        let listening = bind(&path, None).unwrap();
         // Made before the other goes, so that it cannot get its inode number.
         let other = path.with_extension("other");
         std::fs::write(&other, "precious").unwrap();
         std::fs::rename(&other, &path).unwrap();
-        drop(file);
+        drop(listening);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
         std::fs::remove_file(&path).unwrap();
     }
@@ -222,8 +293,7 @@ mod tests {
         const FILES: &str = "CHRONOVISOR_TEST_SOCKETS";
         if let Ok(stem) = std::env::var(FILES) {
             for number in 0..2 {
-                let (listener, file) = bind(Path::new(&format!("{stem}{number}")), None).unwrap();
-                std::mem::forget((listener, file));
+                std::mem::forget(bind(Path::new(&format!("{stem}{number}")), None).unwrap());
             }
             println!("bound: {}", Path::new(&format!("{stem}1")).exists());
             remove_all();

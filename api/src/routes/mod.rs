@@ -2,7 +2,8 @@
 //!
 //! Promises: 200 with JSON, 204 on a change of state, 400 with `{"fault_message": "..."}` on every refusal (413 where the metadata
 //! would be too large), unknown paths and methods included. JSON is accepted under any content type; unknown fields are refused. A body is read to its end
-//! within [`Limits`] before any handler sees the request, so a slow or endless one costs its own connection only.
+//! within [`Limits`] before any handler sees the request, so a slow or endless one costs its own connection only. A change that was
+//! taken in is made with all that follows from it, whether or not its client waits for the answer.
 
 mod actions;
 mod balloon;
@@ -142,8 +143,24 @@ async fn unknown(request: Request) -> Fault {
 /// Takes in the whole request, and refuses what no handler should see. The order of the checks is Firecracker's.
 async fn admit(State((shared, limits)): State<(Shared, Limits)>, request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let request = whole(request, limits).await;
+    let changes = request.as_ref().is_ok_and(|request| request.method() != Method::GET);
+    let handled = handle(shared, method, path, request, next);
+    if !changes {
+        return handled.await;
+    }
+    // A connection whose client hangs up is dropped, with all that it waits for. What follows from a change that the VMM makes
+    // has to follow all the same, so it is a task's.
+    match tokio::spawn(handled).await {
+        Ok(response) => response,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Handles what was taken in, and counts it.
+async fn handle(shared: Shared, method: Method, path: String, request: Result<Request, Fault>, next: Next) -> Response {
     let line = format!("{method} {path}");
-    let response = match whole(request, limits).await {
+    let response = match request {
         Ok(request) => next.run(request).await,
         Err(fault) => fault.into_response(),
     };

@@ -238,16 +238,15 @@ mod tests {
     use crate::socket;
 
     /// A microVM that serves its API at `path`.
-    fn serve(path: &Path) -> (Server, Arc<vmm::unix_socket::SocketFile>) {
-        let (unix, file) = socket::bind(path).unwrap();
+    fn serve(path: &Path) -> Server {
         let listeners = Listeners {
-            unix: Some(unix),
+            unix: Some(socket::bind(path).unwrap()),
             tcp: None,
         };
         let backend = Arc::new(Fake::new(RunState::Running));
         let server = Server::spawn().unwrap();
         server.open(listeners, backend, Limits::default(), || {}).unwrap();
-        (server, file)
+        server
     }
 
     /// The next answer of `socket`.

@@ -266,6 +266,27 @@ impl Program {
         Self { code, ring: 3 }
     }
 
+    /// Sets the keyboard controller up as a driver does, with its interrupt on, writes "up" to the serial port, and spins without
+    /// ever reading a key.
+    #[must_use]
+    pub fn deaf_driver() -> Self {
+        let code = vec![
+            0xb0, 0x60, //                               mov    $0x60, %al
+            0xe6, 0x64, //                               out    %al, $0x64
+            0xb0, 0x01, //                               mov    $1, %al
+            0xe6, 0x60, //                               out    %al, $0x60
+            0x66, 0xba, 0xf8, 0x03, //                   mov    $COM1, %dx
+            0xb0, b'u', //                               mov    $'u', %al
+            0xee, //                                     out    %al, %dx
+            0xb0, b'p', //                               mov    $'p', %al
+            0xee, //                                     out    %al, %dx
+            0xb0, b'\n', //                              mov    $'\n', %al
+            0xee,  //                                     out    %al, %dx
+            0xeb, 0xfe, //                               jmp    .
+        ];
+        Self { code, ring: 3 }
+    }
+
     /// Asks CPUID for `leaf` and `subleaf`, writes EAX, EBX, ECX and EDX to the serial port in hexadecimal, and resets the machine. As
     /// a kernel.
     #[must_use]

@@ -83,8 +83,11 @@ struct State {
     pending: Option<u8>,
     /// The keyboard's command whose parameter the next byte to it is.
     keyboard_pending: Option<u8>,
-    /// What the guest has not read yet.
-    bytes: VecDeque<u8>,
+    /// The last answer of the controller or of the keyboard to a command, as far as the guest has not read it. It comes before keys:
+    /// whoever has given a command takes the next byte for its answer.
+    answer: VecDeque<u8>,
+    /// Keys that the guest has not read yet.
+    keys: VecDeque<u8>,
     last_was_command: bool,
 }
 
@@ -106,7 +109,8 @@ impl I8042 {
                 output_port: OUTPUT_PORT_IDLE,
                 pending: None,
                 keyboard_pending: None,
-                bytes: VecDeque::with_capacity(BUFFER),
+                answer: VecDeque::new(),
+                keys: VecDeque::with_capacity(BUFFER),
                 last_was_command: false,
             }),
             interrupt: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
@@ -129,10 +133,10 @@ impl I8042 {
     /// [`KeysUnread`]: the buffer has no room for all of it.
     pub fn ctrl_alt_del(&self) -> Result<(), KeysUnread> {
         let mut state = self.state();
-        if state.bytes.len() + CTRL_ALT_DEL.len() > BUFFER {
+        if state.keys.len() + CTRL_ALT_DEL.len() > BUFFER {
             return Err(KeysUnread);
         }
-        state.bytes.extend(CTRL_ALT_DEL);
+        state.keys.extend(CTRL_ALT_DEL);
         self.interrupt_if_full(&state);
         Ok(())
     }
@@ -147,7 +151,8 @@ impl I8042 {
     /// The guest reads the data port.
     pub fn read_data(&self) -> u8 {
         let mut state = self.state();
-        let byte = state.bytes.pop_front().unwrap_or(0);
+        let answer = state.answer.pop_front();
+        let byte = answer.or_else(|| state.keys.pop_front()).unwrap_or(0);
         // The next byte moves up: it has an interrupt of its own.
         self.interrupt_if_full(&state);
         byte
@@ -157,7 +162,7 @@ impl I8042 {
     pub fn read_status(&self) -> u8 {
         let state = self.state();
         let mut status = KEYLOCK_OPEN | (state.control & CONTROL_SYSTEM_FLAG & SYSTEM_FLAG);
-        if !state.bytes.is_empty() {
+        if state.is_full() {
             status |= OUTPUT_FULL;
         }
         if state.last_was_command {
@@ -215,7 +220,7 @@ impl I8042 {
     }
 
     fn interrupt_if_full(&self, state: &State) {
-        if !state.bytes.is_empty() && state.control & CONTROL_INTERRUPT != 0 {
+        if state.is_full() && state.control & CONTROL_INTERRUPT != 0 {
             // Fails only where the counter is full, and then the interrupt is pending.
             let _ = self.interrupt.write(1);
         }
@@ -223,10 +228,15 @@ impl I8042 {
 }
 
 impl State {
-    /// The controller's own answers replace what the guest has not read.
+    /// Whether there is a byte to read.
+    fn is_full(&self) -> bool {
+        !self.answer.is_empty() || !self.keys.is_empty()
+    }
+
+    /// An answer replaces the last one, and no keys.
     fn answer(&mut self, bytes: &[u8]) {
-        self.bytes.clear();
-        self.bytes.extend(bytes);
+        self.answer.clear();
+        self.answer.extend(bytes);
     }
 
     fn keyboard(&mut self, byte: u8) {
@@ -335,6 +345,26 @@ mod tests {
         assert_eq!(device.ctrl_alt_del(), Err(KeysUnread));
         assert_eq!(answers(&device), CTRL_ALT_DEL);
         assert_eq!(device.ctrl_alt_del(), Ok(()));
+    }
+
+    #[test]
+    fn keys_wait_for_the_answer_to_a_command_and_are_not_lost_to_it() {
+        // From no key read to all of them.
+        for read in 0..=CTRL_ALT_DEL.len() {
+            let device = I8042::new().unwrap();
+            device.ctrl_alt_del().unwrap();
+            let mut keys: Vec<u8> = (0..read).map(|_| device.read_data()).collect();
+            for byte in [KEYBOARD_SET_LEDS, 2] {
+                device.write_data(byte);
+                assert!(device.interrupt().read().is_ok());
+                assert_eq!(device.read_data(), ACKNOWLEDGE);
+            }
+            device.write_command(READ_CONTROL);
+            device.write_command(SELF_TEST);
+            assert_eq!(device.read_data(), SELF_TEST_PASSED, "the last answer alone");
+            keys.extend(answers(&device));
+            assert_eq!(keys, CTRL_ALT_DEL, "{read} read before");
+        }
     }
 
     #[test]

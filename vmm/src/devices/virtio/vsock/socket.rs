@@ -5,17 +5,13 @@ use std::ffi::OsString;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
 
 use super::VsockError;
-use crate::unix_socket::{self, Refusal, SocketFile};
+use crate::unix_socket::{self, Listening, Refusal};
 
 /// The socket, listening, and its file.
 #[derive(Debug)]
-pub struct Socket {
-    listener: UnixListener,
-    file: Arc<SocketFile>,
-}
+pub struct Socket(Listening);
 
 impl Socket {
     /// Listens at `path`, without blocking.
@@ -23,8 +19,8 @@ impl Socket {
     /// # Errors
     /// The path is taken, too long, or cannot be made.
     pub fn bind(path: &Path) -> Result<Self, VsockError> {
-        let (listener, file) = unix_socket::bind(path, None).map_err(|refusal| in_words(path, refusal))?;
-        Ok(Self { listener, file })
+        let listening = unix_socket::bind(path, None).map_err(|refusal| in_words(path, refusal))?;
+        Ok(Self(listening))
     }
 
     /// The next of those who wait to be connected.
@@ -32,7 +28,7 @@ impl Socket {
     /// # Errors
     /// There is none (`WouldBlock`), or no descriptor for it.
     pub fn accept(&self) -> io::Result<UnixStream> {
-        let (stream, _) = self.listener.accept()?;
+        let (stream, _) = self.listener().accept()?;
         stream.set_nonblocking(true)?;
         Ok(stream)
     }
@@ -40,7 +36,7 @@ impl Socket {
     /// The listener.
     #[must_use]
     pub fn listener(&self) -> &UnixListener {
-        &self.listener
+        self.0.listener()
     }
 
     /// Connects to the host's end of a guest's connection to `port`: a socket beside this one, by the port's number. It
@@ -49,7 +45,7 @@ impl Socket {
     /// # Errors
     /// Nobody listens there.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        let mut path = OsString::from(self.file.path());
+        let mut path = OsString::from(self.0.file().path());
         path.push(format!("_{port}"));
         Ok(unix_socket::connect(Path::new(&path))?.into())
     }
