@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
+use accounting::host::CpuSet;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -36,6 +37,13 @@ impl Attached {
             block.set_rate_limiter(limit);
         }
         Ok(())
+    }
+
+    /// Has what the kernel starts for the disks run on `cpus`, if it can be told.
+    pub(crate) fn confine_workers(&self, cpus: &CpuSet) {
+        for (_, block) in &self.blocks {
+            lock(block).confine_workers(cpus);
+        }
     }
 
     /// Changes the interface that `update` names, if it is there.

@@ -59,6 +59,10 @@ impl ring::Ring for DeadRing {
         Ok(())
     }
 
+    fn confine_workers(&self, _cpus: &accounting::host::CpuSet) -> std::io::Result<()> {
+        Ok(())
+    }
+
     fn next(&mut self) -> Option<(u64, i32)> {
         self.0.lock().unwrap().ended.pop_front()
     }

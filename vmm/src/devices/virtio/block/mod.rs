@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use accounting::host::CpuSet;
 use event_manager::EventSet;
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -275,6 +276,19 @@ impl Block {
             None => self.changed = true,
         }
         Ok(())
+    }
+
+    /// Has io_uring's workers run on `cpus`, from now on. Called by the VMM thread, whose workers they are.
+    pub fn confine_workers(&self, cpus: &CpuSet) {
+        if let Engine::Async(uring) = &self.engine
+            && let Err(error) = uring.confine_workers(cpus)
+        {
+            tracing::warn!(
+                "drive {}: io_uring's workers may run on the vCPUs' host CPUs: {error}; Linux 5.14 or later can be told, or use \
+                 io_engine Sync",
+                self.drive
+            );
+        }
     }
 
     /// Other limits; what waits for the old ones is tried anew.
