@@ -21,6 +21,13 @@ fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Attached {
+    /// The guest is held, or runs again.
+    pub(crate) fn set_held(&self, held: bool) {
+        if let Some(vsock) = &self.vsock {
+            lock(vsock).set_held(held);
+        }
+    }
+
     /// Changes the drive that `update` names, if it is there.
     ///
     /// # Errors

@@ -284,6 +284,7 @@ impl Machine {
 
     /// Sets every vCPU running.
     pub fn resume(&self) {
+        self.attached.set_held(false);
         self.vcpus.iter().for_each(Vcpu::resume);
     }
 
@@ -292,6 +293,7 @@ impl Machine {
         // One may be waiting for the console, which this thread empties.
         self.ring.let_pass(true);
         self.vcpus.iter().for_each(Vcpu::pause);
+        self.attached.set_held(true);
         self.ring.let_pass(false);
     }
 
