@@ -31,6 +31,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::queue::QueueError;
 use super::rate_limiter::RateLimiter;
+use super::timer::Timer;
 use super::{Active, Complaints, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, count};
 use crate::config::{self, CacheType, Drive, IoEngine};
 use disk::Disk;
@@ -50,6 +51,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const CANCEL_PATIENCE: Duration = Duration::from_secs(1);
 /// How long they wait for what was written to be safe: a few GiB, on a slow disk.
 const SAFE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long io_uring is left alone that would not take requests.
+const RETRY: Duration = Duration::from_millis(10);
 /// Pieces of memory in one request: all of a queue, less its head and its status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
@@ -192,6 +195,8 @@ pub struct Block {
     disk: Disk,
     engine: Engine,
     limiter: RateLimiter,
+    /// When io_uring is asked again to take what it would not.
+    retry: Timer,
     metrics: Arc<BlockMetrics>,
     complaints: Complaints,
     /// The file was changed while no driver was ready.
@@ -226,6 +231,10 @@ impl Block {
             drive: name.clone(),
             source,
         })?;
+        let retry = Timer::new().map_err(|source| BlockError::Timer {
+            drive: name.clone(),
+            source,
+        })?;
         Ok(Self {
             drive: name.clone(),
             read_only: drive.is_read_only,
@@ -233,6 +242,7 @@ impl Block {
             disk,
             engine,
             limiter,
+            retry,
             metrics: Arc::default(),
             complaints: Complaints::default(),
             changed: false,
@@ -401,9 +411,13 @@ impl Block {
             return Ok(());
         }
         let mut more = self.take()?;
-        if let Engine::Async(uring) = &mut self.engine {
-            // What it would not take is tried again.
-            more |= !uring.submit();
+        if let Engine::Async(uring) = &mut self.engine
+            && !uring.submit()
+        {
+            // In a while, with all that has come by then: asked at once, a kernel that goes on refusing would have this thread
+            // do nothing else.
+            self.retry.after(RETRY);
+            more = false;
         }
         let Some(active) = &mut self.active else { return Ok(()) };
         signal(active)?;
@@ -559,6 +573,7 @@ impl VirtioDevice for Block {
         let mut sources = vec![(self.limiter.as_raw_fd(), EventSet::IN)];
         if let Engine::Async(uring) = &self.engine {
             sources.push((uring.as_raw_fd(), EventSet::IN));
+            sources.push((self.retry.as_raw_fd(), EventSet::IN));
         }
         sources
     }
@@ -570,6 +585,8 @@ impl VirtioDevice for Block {
     fn ready(&mut self, source: usize) -> Result<(), QueueError> {
         if source == 0 {
             self.limiter.expired();
+        } else if source == 2 {
+            self.retry.expired();
         } else if let Engine::Async(uring) = &mut self.engine {
             uring.hear();
             if uring.is_draining() {
