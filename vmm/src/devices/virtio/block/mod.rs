@@ -8,9 +8,11 @@
 //! driver that flushes all the same is told that it is done.
 //!
 //! A disk may stop answering. Then its requests stay unanswered, as they would on a machine with such a disk, and with the Async
-//! engine nothing else stands still for long: a reset waits for nothing, and has ended once they have (`uring.rs`); a change of file
-//! is refused after [`PATIENCE`]; the end of the microVM waits no longer than that and [`SAFE_PATIENCE`]. A driver that does not wait for its reset to end is set
-//! up meanwhile, and served once it has. The Sync engine waits for its disk on the VMM thread, with all that thread does.
+//! engine most else does not wait for it: a reset waits for nothing, and has ended once they have (`uring.rs`). A change of file is
+//! refused where they have not ended after [`PATIENCE`], and where the old file is not safe [`SAFE_PATIENCE`] after that; the VMM
+//! thread waits meanwhile, with all that it does. So it does at the end of the microVM, as long for each disk, one after the other.
+//! A driver that does not wait for its reset to end is set up meanwhile, and served once it has. The Sync engine waits for its disk
+//! on the VMM thread, with all that thread does.
 
 mod disk;
 mod request;
