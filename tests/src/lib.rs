@@ -19,6 +19,7 @@ pub mod python;
 pub mod row;
 pub mod screen;
 pub mod terminal;
+pub mod thread_io;
 pub mod trace;
 pub mod vm;
 pub mod workload;

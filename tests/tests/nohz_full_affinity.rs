@@ -1,14 +1,16 @@
 //! vCPUs put on other host CPUs over the API, in the emulated `nohz_full` host: the very next reading is of the new place,
 //! by the source that it allows, and no law is broken on the way, in either direction.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{scope, sleep};
 use std::time::Duration;
 
-use accounting::host::tick_ns;
+use accounting::host::{CpuSet, run_on, tick_ns};
 use accounting::reading::{Bounds, Reading, Source, VcpuState};
 use accounting::{Gtime, GtimeSource, laws};
 use serde_json::json;
+use tests::bed::Folder;
 use tests::client::Response;
 use tests::flat::{Guest, Program};
 use tests::interrupts;
@@ -165,41 +167,88 @@ fn what_cannot_be_had_is_refused_in_words_and_the_vcpu_stays_put() {
     assert_on(&vm.reading(), TICKLESS);
 }
 
-#[test]
-fn everything_else_keeps_off_the_cpu_that_a_vcpu_is_put_on() {
-    require_bed!(nohz_full);
-    let vm = Vm::flat(&Program::spin_forever(), ["--pin", "1"]);
-    let affinities = || -> Vec<(String, String)> {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", vm.process.id())).expect("procfs");
-        let read = |task: std::fs::DirEntry| {
-            let text = std::fs::read_to_string(task.path().join("status")).expect("a thread's");
-            let line = |name: &str| {
-                text.lines()
-                    .find_map(|l| l.strip_prefix(name))
-                    .expect("a line")
-                    .trim()
-                    .to_owned()
-            };
-            (line("Name:"), line("Cpus_allowed_list:"))
+/// This thread, and what it starts, may run on every CPU of the host; until dropped, when it is back on the one that keeps house.
+struct Everywhere;
+
+impl Everywhere {
+    fn new() -> Self {
+        run_on(&CpuSet::from([HOUSEKEEPING, TICKLESS, OTHER_TICKLESS])).expect("the CPUs are there");
+        Self
+    }
+}
+
+impl Drop for Everywhere {
+    fn drop(&mut self) {
+        run_on(&CpuSet::from([HOUSEKEEPING])).expect("the CPU is there");
+    }
+}
+
+/// Every thread of the process, by its name, with the CPUs that it may run on as the kernel lists them.
+fn affinities(vm: &Vm) -> Vec<(String, String)> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", vm.process.id())).expect("procfs");
+    let read = |task: std::fs::DirEntry| {
+        // One that has ended meanwhile has no affinity.
+        let text = std::fs::read_to_string(task.path().join("status")).ok()?;
+        let line = |name: &str| {
+            text.lines()
+                .find_map(|l| l.strip_prefix(name))
+                .map(|l| l.trim().to_owned())
         };
-        let threads = tasks.map(|task| read(task.expect("a thread")));
-        threads
-            .filter(|(name, _)| ["vmm", "api", "vcpu0"].contains(&&**name))
-            .collect()
+        line("Name:").zip(line("Cpus_allowed_list:"))
     };
-    let of = |name: &str| affinities().into_iter().find(|(n, _)| n == name).expect("the thread").1;
-    assert_eq!(
-        (of("vmm"), of("api"), of("vcpu0")),
-        ("0".into(), "0".into(), "1".into())
-    );
-    // The only housekeeping CPU is the vCPU's now: nobody else has another left but it.
-    assert_eq!(put(&vm, 0, "2").status, 204);
-    assert_eq!(
-        (of("vmm"), of("api"), of("vcpu0")),
-        ("0".into(), "0".into(), "2".into())
-    );
+    tasks.filter_map(|task| read(task.expect("a thread"))).collect()
+}
+
+#[test]
+fn everything_else_keeps_off_the_cpus_that_vcpus_are_put_on() {
+    require_bed!(nohz_full);
+    let folder = Folder::new();
+    let path = folder.join("disk");
+    File::create(&path)
+        .and_then(|file| file.set_len(64 << 20))
+        .expect("an image");
+    let drive = json!({
+        "drive_id": "disk", "path_on_host": path, "is_root_device": false, "io_engine": "Async", "cache_type": "Writeback",
+    });
+    // As a process is on a host whose CPUs are tickless, but not isolated: it starts with all of them.
+    let everywhere = Everywhere::new();
+    let mut vm = Vm::serve_debian("disk-verify:600000", json!({ "drives": [drive] }));
+    drop(everywhere);
+    vm.process.wait_for("chronovisor guest: disk-verify");
+    let is_worker = |(name, _): &(String, String)| name.starts_with("iou-wrk");
+    // vCPU 0 on the only one that keeps house: the others have the one that it left, and no other.
+    for (place, vcpus, others) in [("1", ["1", "2"], "0"), ("0", ["0", "2"], "1"), ("1", ["1", "2"], "0")] {
+        assert_eq!(put(&vm, 0, place).status, 204);
+        let at_once = affinities(&vm);
+        vm.wait_until("the disk is flushed", |vm| affinities(vm).iter().any(is_worker));
+        let later = affinities(&vm);
+        println!("vCPU 0 on {place}: {later:?}");
+        for (name, cpus) in at_once.iter().chain(&later) {
+            let expected = match name.as_str() {
+                "vcpu0" => vcpus[0],
+                "vcpu1" => vcpus[1],
+                _ => others,
+            };
+            assert_eq!(
+                cpus, expected,
+                "{name} with vCPU 0 on {place}: {at_once:?}, then {later:?}"
+            );
+        }
+        for expected in ["chronovisor", "signals", "console", "api", "vmm", "vcpu0", "vcpu1"] {
+            assert!(
+                later.iter().any(|(name, _)| name == expected),
+                "{expected} of {later:?}"
+            );
+        }
+    }
+    // Unpinned, it has what is left of the process's CPUs.
     assert_eq!(put(&vm, 0, r#""none""#).status, 204);
-    assert_eq!(of("vcpu0"), "0", "what the kernel leaves a process of its CPUs here");
+    let now = affinities(&vm);
+    let of = |name: &str| now.iter().find(|(n, _)| n == name).expect("the thread").1.clone();
+    assert_eq!(
+        (of("vcpu0"), of("vcpu1"), of("vmm")),
+        ("0-1".into(), "2".into(), "0".into())
+    );
 }
 
 /// A guest of this process, moved back and forth while others read it.

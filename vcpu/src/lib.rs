@@ -25,6 +25,7 @@
 
 mod exit;
 mod kick;
+mod others;
 pub mod pin;
 mod run_page;
 pub mod setup;
@@ -37,6 +38,7 @@ use std::sync::Arc;
 use accounting::Gtime;
 use accounting::host::HostCpus;
 
+pub use others::confine_others;
 pub use thread::Vcpu;
 
 /// What a vCPU hands its exits to: the devices, seen through a keyhole. Called on vCPU threads, from several at once.

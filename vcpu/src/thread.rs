@@ -15,6 +15,7 @@ use rustix::thread::sched_setaffinity;
 
 use crate::exit::{Next, handle};
 use crate::kick::{self, Gate, Want};
+use crate::others::OfVcpu;
 use crate::run_page::RunPage;
 use crate::{ExitHandler, VcpuConfig, VcpuEnd, VcpuError, signal, stats};
 
@@ -43,22 +44,25 @@ impl Vcpu {
         let (opened, account) = mpsc::sync_channel(1);
         let body = {
             let (page, gate) = (page.clone(), gate.clone());
-            move || match open(config, &fd) {
-                Ok((writer, account)) => {
-                    let _ = opened.send(Ok(account.clone()));
-                    Runner {
-                        index,
-                        fd,
-                        page,
-                        gate,
-                        handler,
-                        writer,
-                        account,
+            move || {
+                let _of_vcpu = OfVcpu::here();
+                match open(config, &fd) {
+                    Ok((writer, account)) => {
+                        let _ = opened.send(Ok(account.clone()));
+                        Runner {
+                            index,
+                            fd,
+                            page,
+                            gate,
+                            handler,
+                            writer,
+                            account,
+                        }
+                        .run_to_the_end();
                     }
-                    .run_to_the_end();
-                }
-                Err(error) => {
-                    let _ = opened.send(Err(error));
+                    Err(error) => {
+                        let _ = opened.send(Err(error));
+                    }
                 }
             }
         };

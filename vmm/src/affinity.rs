@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   decide: the request, the host's CPUs as they are now, where the vCPUs are ──► where they will be, or why not
-//!   put:    the VMM thread leaves the CPU ──► the vCPU gets it ──► unpinned vCPUs leave it too
+//!   put:    all others leave the CPU ──► the vCPU gets it ──► unpinned vCPUs leave it too
 //! ```
 //!
 //! The rules are those of the start (`vcpu::pin`): no two vCPUs are given one CPU, and what cannot be had is refused, not
@@ -10,7 +10,7 @@
 
 use std::io;
 
-use accounting::host::{CpuSet, HostCpus, cpu_list, run_on};
+use accounting::host::{CpuSet, HostCpus, cpu_list};
 use serde::de::{Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vcpu::Vcpu;
@@ -180,12 +180,18 @@ fn loose(host: &HostCpus, pins: &Pins) -> CpuSet {
     if left.is_empty() { host.affinity.clone() } else { left }
 }
 
-/// Puts vCPU `index` on `place`. Called on the VMM thread, which keeps off the vCPUs' CPUs. `host` is as it was before any
-/// thread was confined to some CPUs.
+/// Puts vCPU `index` on `place`. `host` is as it was before any thread was confined to some CPUs; `confine` does that to everything
+/// but vCPUs.
 ///
 /// # Errors
 /// See [`AffinityError`]; then all is where it was.
-pub(crate) fn put(host: &HostCpus, vcpus: &[Vcpu], index: u32, place: Place) -> Result<Option<Warning>, AffinityError> {
+pub(crate) fn put(
+    host: &HostCpus,
+    vcpus: &[Vcpu],
+    index: u32,
+    place: Place,
+    confine: impl Fn(&CpuSet) -> io::Result<()>,
+) -> Result<Option<Warning>, AffinityError> {
     let failed = |what| move |source| AffinityError::Host { index, what, source };
     // CPUs come and go; the affinity read now would be the VMM thread's own.
     let host = HostCpus {
@@ -201,8 +207,8 @@ pub(crate) fn put(host: &HostCpus, vcpus: &[Vcpu], index: u32, place: Place) -> 
             vcpus: vcpus.len(),
         });
     };
-    let keep_off = |pins| run_on(&host.housekeeping(&pinned(pins)));
-    keep_off(&after).map_err(failed("the VMM thread cannot leave its CPU"))?;
+    let keep_off = |pins| confine(&host.housekeeping(&pinned(pins)));
+    keep_off(&after).map_err(failed("the other threads cannot leave its CPU"))?;
     let loose = loose(&host, &after);
     let put = match after.iter().zip(0..).find(|&(_, at)| at == index) {
         Some((&Some(cpu), _)) => moved.pin(cpu),

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
+use accounting::host::CpuSet;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -20,6 +21,13 @@ fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Attached {
+    /// The guest is held, or runs again.
+    pub(crate) fn set_held(&self, held: bool) {
+        if let Some(vsock) = &self.vsock {
+            lock(vsock).set_held(held);
+        }
+    }
+
     /// Changes the drive that `update` names, if it is there.
     ///
     /// # Errors
@@ -36,6 +44,13 @@ impl Attached {
             block.set_rate_limiter(limit);
         }
         Ok(())
+    }
+
+    /// Has what the kernel starts for the disks run on `cpus`, if it can be told.
+    pub(crate) fn confine_workers(&self, cpus: &CpuSet) {
+        for (_, block) in &self.blocks {
+            lock(block).confine_workers(cpus);
+        }
     }
 
     /// Changes the interface that `update` names, if it is there.

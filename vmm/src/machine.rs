@@ -239,7 +239,7 @@ impl Machine {
                 )
             })
             .collect::<Result<Vec<_>, VcpuError>>();
-        run_on(&cpus.housekeeping(&pinned)).map_err(failed("set the affinity of the VMM thread"))?;
+        confine(&attached, &cpus.housekeeping(&pinned)).map_err(failed("keep other threads off the vCPUs' CPUs"))?;
 
         let machine = Self {
             vcpus: spawned?,
@@ -277,12 +277,14 @@ impl Machine {
     /// # Errors
     /// See [`AffinityError`].
     pub fn put(&self, index: u32, place: Place) -> Result<Option<String>, AffinityError> {
-        let warning = affinity::put(&self.cpus, &self.vcpus, index, place)?;
+        let confine = |cpus: &CpuSet| confine(&self.attached, cpus);
+        let warning = affinity::put(&self.cpus, &self.vcpus, index, place, confine)?;
         Ok(warning.map(|warning| warning.to_string()))
     }
 
     /// Sets every vCPU running.
     pub fn resume(&self) {
+        self.attached.set_held(false);
         self.vcpus.iter().for_each(Vcpu::resume);
     }
 
@@ -291,6 +293,7 @@ impl Machine {
         // One may be waiting for the console, which this thread empties.
         self.ring.let_pass(true);
         self.vcpus.iter().for_each(Vcpu::pause);
+        self.attached.set_held(true);
         self.ring.let_pass(false);
     }
 
@@ -318,6 +321,13 @@ impl Machine {
         counters.insert("vmm".to_owned(), json!({ "device_events": events }));
         counters
     }
+}
+
+/// Confines everything but vCPUs to `cpus`: threads of this process, and what works for its devices.
+fn confine(attached: &Attached, cpus: &CpuSet) -> std::io::Result<()> {
+    // First: a worker that starts meanwhile starts there.
+    attached.confine_workers(cpus);
+    vcpu::confine_others(cpus)
 }
 
 /// Hardware is taken at its name; anything else has to show what it can.

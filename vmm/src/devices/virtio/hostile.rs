@@ -9,10 +9,15 @@
 //!
 //! * nothing panics, which the test would;
 //! * the device comes to rest in as many events as full queues make turns, whatever the rings say;
-//! * while it is notified again and again, its neighbour, a disk with a driver that behaves, answers in its own next event;
+//! * while it is notified again and again, its neighbour, a disk with a driver that behaves, answers in its own next event, and
+//!   does not stand still: the device does not wait for anything (only the Sync engine of a disk may), by the kernel's count of
+//!   the thread's voluntary switches, and what never comes back is ended by a watchdog;
 //! * after a reset the device is at rest, and serves the next driver.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -45,6 +50,11 @@ pub trait World {
     /// What the driver tells it in a buffer, if not any numbers.
     fn says(&mut self, _dice: &mut Dice) -> Option<Vec<u8>> {
         None
+    }
+
+    /// Whether the device may have its thread wait.
+    fn may_wait(&self) -> bool {
+        false
     }
 
     /// What a queue's buffers are, where one of another kind is only ever the end of it.
@@ -454,6 +464,53 @@ pub fn disk(image: &TempFile, io_engine: IoEngine) -> Shared {
     Arc::new(Mutex::new(Block::new(&drive).unwrap()))
 }
 
+/// How often this thread has gone to sleep so far: to wait for something, not because others had their turn.
+fn waits() -> u64 {
+    #[expect(unsafe_code, reason = "a plain system call that no crate of ours wraps")]
+    // SAFETY: a structure of numbers, for which zeros are as good as any, and which the call fills.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        assert_eq!(libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage), 0);
+        usage
+    };
+    u64::try_from(usage.ru_nvcsw).unwrap()
+}
+
+/// Ends the process if a case does not end: a device that never comes back keeps its test from failing otherwise.
+struct Watchdog {
+    case: Arc<AtomicU64>,
+    _over: Sender<()>,
+}
+
+impl Watchdog {
+    /// A case takes a millisecond.
+    const PATIENCE: Duration = Duration::from_secs(120);
+
+    fn new() -> Self {
+        let case = Arc::new(AtomicU64::new(0));
+        let (over, is_over) = channel();
+        std::thread::spawn({
+            let case = Arc::clone(&case);
+            move || {
+                let mut last = None;
+                while is_over.recv_timeout(Self::PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                    let now = Some(case.load(Ordering::Relaxed));
+                    if now == last {
+                        eprintln!("hostile driver: case {now:?} does not end: the device waits, or runs in a circle");
+                        std::process::abort();
+                    }
+                    last = now;
+                }
+            }
+        });
+        Self { case, _over: over }
+    }
+
+    fn see(&self, case: u64) {
+        self.case.store(case, Ordering::Relaxed);
+    }
+}
+
 /// Says which case it was, if one panics.
 struct Saying(u64);
 
@@ -474,13 +531,14 @@ impl Drop for Saying {
 /// # Panics
 /// The device, or its neighbour, did not stand it.
 pub fn survives(mut world: impl World) {
-    let mut neighbour = Neighbour::new();
+    let (mut neighbour, watchdog) = (Neighbour::new(), Watchdog::new());
     let mut told = Told::default();
     for life in 0..CASES / LIFE {
         let memory = Arc::new(GuestMemory::new(MEMORY_MIB, HugePages::None).unwrap());
         let mut driver = Driver::with_memory(world.make(), memory);
         for case in life * LIFE..(life + 1) * LIFE {
             let _saying = Saying(case);
+            watchdog.see(case);
             // Each case begins with memory that says nothing.
             let view = driver.memory.view();
             let whole = vm_memory::GuestMemoryBackend::get_slice(view, GuestAddress(0), MEMORY_MIB << 20).unwrap();
@@ -502,7 +560,9 @@ pub fn survives(mut world: impl World) {
             for _ in 0..1 + hostile.dice.below(6) {
                 hostile.step();
                 hostile.world.meanwhile(&mut hostile.dice);
+                let before = waits();
                 let events = hostile.driver.turn(REST + 1);
+                told.waited += waits() - before;
                 assert!(events <= REST, "no rest after {events} events");
                 neighbour.serves_beside(hostile.driver);
             }
@@ -514,6 +574,11 @@ pub fn survives(mut world: impl World) {
     println!("{told:?} of {CASES} cases");
     // Dice that only ever meet the first check, or none, would show nothing.
     assert!(told.broke_rules > CASES / 10 && told.answered > CASES / 10, "{told:?}");
+    // Memory that the host has to find first may have it wait now and then; a device that waits does so case for case.
+    assert!(
+        world.may_wait() || told.waited < CASES / 100,
+        "it had its thread wait: {told:?}"
+    );
 }
 
 /// In how many cases what happened.
@@ -523,6 +588,8 @@ struct Told {
     broke_rules: u64,
     /// It answered a chain, or more.
     answered: u64,
+    /// Its thread waited for something; not in how many cases, but how often.
+    waited: u64,
 }
 
 /// Has a driver that behaves set the device up, and leaves it reset.
@@ -543,12 +610,13 @@ fn serves_the_next_driver(driver: &mut Driver) {
 /// # Panics
 /// As [`survives`].
 pub fn survives_registers(mut world: impl World) {
-    let mut neighbour = Neighbour::new();
+    let (mut neighbour, watchdog) = (Neighbour::new(), Watchdog::new());
     for life in 0..CASES / LIFE {
         let memory = Arc::new(GuestMemory::new(MEMORY_MIB, HugePages::None).unwrap());
         let mut driver = Driver::with_memory(world.make(), memory);
         for case in life * LIFE..(life + 1) * LIFE {
             let _saying = Saying(case);
+            watchdog.see(case);
             let mut hostile = Hostile {
                 dice: Dice(case),
                 driver: &mut driver,

@@ -59,6 +59,10 @@ impl ring::Ring for DeadRing {
         Ok(())
     }
 
+    fn confine_workers(&self, _cpus: &accounting::host::CpuSet) -> std::io::Result<()> {
+        Ok(())
+    }
+
     fn next(&mut self) -> Option<(u64, i32)> {
         self.0.lock().unwrap().ended.pop_front()
     }
@@ -271,6 +275,25 @@ fn a_full_queue_and_a_kernel_that_takes_nothing_for_a_while_end_as_well() {
     }
     disk.end_cancellations();
     assert_eq!((disk.driver.get(STATUS), disk.driver.turn(10)), (0, 0));
+}
+
+#[test]
+fn a_kernel_that_goes_on_refusing_is_asked_in_a_while_and_not_at_once() {
+    let mut disk = Setup::new();
+    disk.entries.lock().unwrap().busy = true;
+    ask(&mut disk.driver);
+    // A turn ends when nothing is left to do at once: one that asked again at once would go on to the thousandth.
+    let events = disk.driver.turn(1000);
+    assert!(events < 1000, "{events} events");
+    assert_eq!(disk.begun(), 0);
+    disk.entries.lock().unwrap().busy = false;
+    // Nobody announces that it would take them now.
+    while disk.begun() == 0 {
+        assert!(
+            disk.driver.turn_for(1, Duration::from_secs(60)) > 0,
+            "it is not asked again"
+        );
+    }
 }
 
 #[test]

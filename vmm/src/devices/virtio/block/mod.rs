@@ -8,9 +8,11 @@
 //! driver that flushes all the same is told that it is done.
 //!
 //! A disk may stop answering. Then its requests stay unanswered, as they would on a machine with such a disk, and with the Async
-//! engine nothing else stands still for long: a reset waits for nothing, and has ended once they have (`uring.rs`); a change of file
-//! is refused after [`PATIENCE`]; the end of the microVM waits no longer than that and [`SAFE_PATIENCE`]. A driver that does not wait for its reset to end is set
-//! up meanwhile, and served once it has. The Sync engine waits for its disk on the VMM thread, with all that thread does.
+//! engine most else does not wait for it: a reset waits for nothing, and has ended once they have (`uring.rs`). A change of file is
+//! refused where they have not ended after [`PATIENCE`], and where the old file is not safe [`SAFE_PATIENCE`] after that; the VMM
+//! thread waits meanwhile, with all that it does. So it does at the end of the microVM, as long for each disk, one after the other.
+//! A driver that does not wait for its reset to end is set up meanwhile, and served once it has. The Sync engine waits for its disk
+//! on the VMM thread, with all that thread does.
 
 mod disk;
 mod request;
@@ -24,12 +26,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use accounting::host::CpuSet;
 use event_manager::EventSet;
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::queue::QueueError;
 use super::rate_limiter::RateLimiter;
+use super::timer::Timer;
 use super::{Active, Complaints, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice, count};
 use crate::config::{self, CacheType, Drive, IoEngine};
 use disk::Disk;
@@ -49,6 +53,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const CANCEL_PATIENCE: Duration = Duration::from_secs(1);
 /// How long they wait for what was written to be safe: a few GiB, on a slow disk.
 const SAFE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long io_uring is left alone that would not take requests.
+const RETRY: Duration = Duration::from_millis(10);
 /// Pieces of memory in one request: all of a queue, less its head and its status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
@@ -191,6 +197,8 @@ pub struct Block {
     disk: Disk,
     engine: Engine,
     limiter: RateLimiter,
+    /// When io_uring is asked again to take what it would not.
+    retry: Timer,
     metrics: Arc<BlockMetrics>,
     complaints: Complaints,
     /// The file was changed while no driver was ready.
@@ -225,6 +233,10 @@ impl Block {
             drive: name.clone(),
             source,
         })?;
+        let retry = Timer::new().map_err(|source| BlockError::Timer {
+            drive: name.clone(),
+            source,
+        })?;
         Ok(Self {
             drive: name.clone(),
             read_only: drive.is_read_only,
@@ -232,6 +244,7 @@ impl Block {
             disk,
             engine,
             limiter,
+            retry,
             metrics: Arc::default(),
             complaints: Complaints::default(),
             changed: false,
@@ -275,6 +288,19 @@ impl Block {
             None => self.changed = true,
         }
         Ok(())
+    }
+
+    /// Has io_uring's workers run on `cpus`, from now on. Called by the VMM thread, whose workers they are.
+    pub fn confine_workers(&self, cpus: &CpuSet) {
+        if let Engine::Async(uring) = &self.engine
+            && let Err(error) = uring.confine_workers(cpus)
+        {
+            tracing::warn!(
+                "drive {}: io_uring's workers may run on the vCPUs' host CPUs: {error}; Linux 5.14 or later can be told, or use \
+                 io_engine Sync",
+                self.drive
+            );
+        }
     }
 
     /// Other limits; what waits for the old ones is tried anew.
@@ -387,9 +413,13 @@ impl Block {
             return Ok(());
         }
         let mut more = self.take()?;
-        if let Engine::Async(uring) = &mut self.engine {
-            // What it would not take is tried again.
-            more |= !uring.submit();
+        if let Engine::Async(uring) = &mut self.engine
+            && !uring.submit()
+        {
+            // In a while, with all that has come by then: asked at once, a kernel that goes on refusing would have this thread
+            // do nothing else.
+            self.retry.after(RETRY);
+            more = false;
         }
         let Some(active) = &mut self.active else { return Ok(()) };
         signal(active)?;
@@ -545,6 +575,7 @@ impl VirtioDevice for Block {
         let mut sources = vec![(self.limiter.as_raw_fd(), EventSet::IN)];
         if let Engine::Async(uring) = &self.engine {
             sources.push((uring.as_raw_fd(), EventSet::IN));
+            sources.push((self.retry.as_raw_fd(), EventSet::IN));
         }
         sources
     }
@@ -556,6 +587,8 @@ impl VirtioDevice for Block {
     fn ready(&mut self, source: usize) -> Result<(), QueueError> {
         if source == 0 {
             self.limiter.expired();
+        } else if source == 2 {
+            self.retry.expired();
         } else if let Engine::Async(uring) = &mut self.engine {
             uring.hear();
             if uring.is_draining() {

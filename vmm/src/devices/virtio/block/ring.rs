@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use accounting::host::CpuSet;
 use io_uring::{IoUring, squeue};
 
 /// A ring of requests, and one of completions.
@@ -22,6 +23,13 @@ pub(super) trait Ring: Send {
     /// # Errors
     /// It would not take all of it now, for want of memory or because completions fill their ring: what is left stays in line.
     fn submit(&mut self) -> io::Result<()>;
+
+    /// Has the kernel's workers run on `cpus`: threads that it starts for what it cannot do at once, a flush above all. They are
+    /// those of the thread that calls this and submits, whichever ring of its they work for, and would run on any CPU.
+    ///
+    /// # Errors
+    /// `EINVAL` where the kernel has no `IORING_REGISTER_IOWQ_AFF` (before Linux 5.14).
+    fn confine_workers(&self, cpus: &CpuSet) -> io::Result<()>;
 
     /// The next completion: whose, by its entry's user data, and with which result.
     fn next(&mut self) -> Option<(u64, i32)>;
@@ -56,6 +64,17 @@ impl Ring for KernelRing {
             }
         }
         Ok(())
+    }
+
+    fn confine_workers(&self, cpus: &CpuSet) -> io::Result<()> {
+        // SAFETY: a set of bits, of which none is.
+        let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        let most = 8 * std::mem::size_of_val(&set);
+        for cpu in cpus.iter().map(|&cpu| cpu as usize).filter(|&cpu| cpu < most) {
+            // SAFETY: a bit that the set has.
+            unsafe { libc::CPU_SET(cpu, &mut set) };
+        }
+        self.0.submitter().register_iowq_aff(&set)
     }
 
     fn next(&mut self) -> Option<(u64, i32)> {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::*;
+use crate::devices::virtio::Shared;
 use crate::devices::virtio::hostile;
 use crate::devices::virtio::testing::{BUFFERS, Buffer, Driver, for_driver, from_driver};
 use crate::testing::TempFile;
@@ -319,11 +320,24 @@ fn what_is_no_disk_is_refused_in_words() {
     );
 }
 
+/// Disks of one file, one after the other.
+struct Disks<'i>(&'i TempFile, IoEngine);
+
+impl hostile::World for Disks<'_> {
+    fn make(&mut self) -> Shared {
+        hostile::disk(self.0, self.1)
+    }
+
+    fn may_wait(&self) -> bool {
+        self.1 == IoEngine::Sync
+    }
+}
+
 #[test]
 fn a_hostile_driver_harms_nobody() {
     let image = TempFile::new(&[0x11; 32 << 10]);
     for engine in ENGINES {
-        hostile::survives(|| hostile::disk(&image, engine));
+        hostile::survives(Disks(&image, engine));
         hostile::survives_registers(|| hostile::disk(&image, engine));
     }
 }

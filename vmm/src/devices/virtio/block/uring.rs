@@ -31,6 +31,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use accounting::host::CpuSet;
 use io_uring::{opcode, types};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vm_memory::GuestAddress;
@@ -185,6 +186,14 @@ impl Uring {
             tracing::debug!("io_uring takes no requests now: {error}");
         }
         submitted.is_ok()
+    }
+
+    /// Has the workers of the calling thread's rings run on `cpus`.
+    ///
+    /// # Errors
+    /// As [`Ring::confine_workers`].
+    pub fn confine_workers(&self, cpus: &CpuSet) -> io::Result<()> {
+        self.ring.confine_workers(cpus)
     }
 
     /// The eventfd was readable.

@@ -90,6 +90,8 @@ pub struct Vsock {
     guest_cid: u64,
     mux: Mux,
     active: Option<Active>,
+    /// Since when the guest is held, if it is: it cannot answer, and nobody is late.
+    held_since: Option<Instant>,
     /// Where time stands still, it is this.
     #[cfg(test)]
     clock: Option<Instant>,
@@ -111,6 +113,7 @@ impl Vsock {
             guest_cid: cid.into(),
             mux: Mux::new(cid.into(), socket).map_err(VsockError::Descriptors)?,
             active: None,
+            held_since: None,
             #[cfg(test)]
             clock: None,
         })
@@ -120,6 +123,25 @@ impl Vsock {
     #[must_use]
     pub fn metrics(&self) -> &Arc<VsockMetrics> {
         self.mux.metrics()
+    }
+
+    /// The guest is held, or runs again: time stands still meanwhile for whoever waits for an answer. Saying it twice changes
+    /// nothing.
+    pub fn set_held(&mut self, held: bool) {
+        let now = self.now();
+        match (self.held_since, held) {
+            (None, true) => self.held_since = Some(now),
+            (Some(since), false) => {
+                self.held_since = None;
+                self.mux.was_held(now.saturating_duration_since(since), now);
+            }
+            _ => {}
+        }
+    }
+
+    /// The time as those who wait have it: it stands still while the guest is held.
+    fn time(&self) -> Instant {
+        self.held_since.unwrap_or_else(|| self.now())
     }
 
     #[cfg(not(test))]
@@ -181,7 +203,7 @@ impl Vsock {
 
     /// As both, and what belongs around them.
     fn serve(&mut self) -> Result<(), QueueError> {
-        let now = self.now();
+        let now = self.time();
         let more = [(TX, self.take(now)?), (RX, self.give(now)?)];
         let Some(active) = &mut self.active else { return Ok(()) };
         let memory = active.memory.view();
@@ -244,9 +266,11 @@ impl VirtioDevice for Vsock {
     }
 
     fn ready(&mut self, source: usize) -> Result<(), QueueError> {
-        let now = self.now();
+        let now = self.time();
         if source == 0 {
             self.mux.ready(now);
+        } else if self.held_since.is_some() {
+            self.mux.put_off();
         } else {
             self.mux.expired(now);
             if self.active.is_some() {

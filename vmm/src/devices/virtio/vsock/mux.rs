@@ -14,7 +14,7 @@
 //! [`BUFFER`](super::connection::BUFFER) bytes each, [`MAX_RESETS`] answers to packets that belong to none, and a line of
 //! [`MAX_LINE`] places. Whoever is to answer, a client its greeting, the guest a REQUEST or a SHUTDOWN, has [`PATIENCE`]; the host's
 //! end of a parting, which is to take what is held for it, has [`PARTING_PATIENCE`] from when it last took some: after that its place is
-//! another's, and what it did not take is lost.
+//! another's, and what it did not take is lost. None of these times runs while the guest is held.
 
 mod clients;
 
@@ -442,6 +442,25 @@ impl Mux {
             return false;
         }
         true
+    }
+
+    /// As [`Mux::expired`], while the guest is held: nobody is late, and the timer is set anew by [`Mux::was_held`].
+    pub fn put_off(&self) {
+        self.timer.expired();
+    }
+
+    /// The guest was held for `time` and can answer again: nobody's time has run meanwhile.
+    pub fn was_held(&mut self, time: Duration, now: Instant) {
+        for deadline in self.entries.values_mut().filter_map(|entry| entry.deadline.as_mut()) {
+            *deadline += time;
+        }
+        if let Some(set) = &mut self.timer_set {
+            *set += time;
+        }
+        if let Some(set) = self.timer_set {
+            self.timer
+                .after(set.saturating_duration_since(now).max(Duration::from_nanos(1)));
+        }
     }
 
     /// The timer's descriptor was readable: whoever has not answered by `now` is ended.

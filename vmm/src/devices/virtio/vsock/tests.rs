@@ -240,8 +240,8 @@ impl Guest {
 
     fn pass(&mut self, time: Duration) {
         let mut vsock = self.vsock.lock().unwrap();
-        let now = vsock.now() + time;
-        vsock.clock = Some(now);
+        vsock.clock = Some(vsock.now() + time);
+        let now = vsock.time();
         vsock.mux.expired(now);
         drop(vsock);
         self.driver.notify(RX);

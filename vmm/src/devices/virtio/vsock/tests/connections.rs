@@ -427,3 +427,37 @@ fn a_thousand_connections_have_each_their_data_and_one_too_many_is_refused() {
     guest.turn();
     guest.connected_by_host(52);
 }
+
+/// Clients that have not said what they want, and those that the guest has not answered.
+#[test]
+fn nobody_is_late_for_the_guest_having_been_held() {
+    let mut guest = Guest::new();
+    let _silent = guest.client("");
+    let mut client = guest.client("CONNECT 52\n");
+    let (request, _) = guest.expect(Op::Request);
+    let ports = Ports {
+        host: request.src_port,
+        guest: 52,
+    };
+    guest.pass(PATIENCE / 2);
+    guest.vsock.lock().unwrap().set_held(true);
+    // Who comes meanwhile has all of his time too, from when it goes on.
+    let _late = guest.client("");
+    guest.turn();
+    guest.pass(4 * PATIENCE);
+    guest.turn();
+    assert_eq!(guest.sockets(), 3, "while it is held");
+    guest.vsock.lock().unwrap().set_held(false);
+    guest.pass(Duration::ZERO);
+    guest.turn();
+    assert_eq!(guest.sockets(), 3, "as it goes on");
+    guest.send(ports, Op::Response);
+    assert_eq!(line(&mut client), format!("OK {}\n", ports.host));
+    // What was left of it before runs on.
+    guest.pass(PATIENCE / 2);
+    guest.turn();
+    assert_eq!(guest.sockets(), 2);
+    guest.pass(PATIENCE / 2);
+    guest.turn();
+    assert_eq!(guest.sockets(), 1, "the one that was answered");
+}
