@@ -173,14 +173,16 @@ impl Builder for FakeBuilder {
     type Machine = FakeMachine;
 
     fn check(&self, source: &BootSource) -> Result<(), BootError> {
-        if source.kernel_image_path.starts_with(NOWHERE) {
+        let initrd = source.initrd_path.iter().map(|path| ("initrd", path));
+        let mut files = [("kernel", &source.kernel_image_path)].into_iter().chain(initrd);
+        if let Some((what, path)) = files.find(|(_, path)| path.starts_with(NOWHERE)) {
             return Err(BootError::Open {
-                what: "kernel",
-                path: source.kernel_image_path.clone(),
+                what,
+                path: path.clone(),
                 source: not_found(),
             });
         }
-        Ok(())
+        crate::boot::check_boot_args(source)
     }
 
     fn check_drive(&self, drive: &Drive) -> Result<(), BlockError> {
