@@ -285,7 +285,7 @@ impl Connection {
         let serve = {
             let (router, line) = (TowerToHyperService::new(self.router), line.clone());
             service_fn(move |mut request: Request<Incoming>| {
-                if request.uri().path() == routes::STREAM {
+                if routes::plain(request.uri()).path() == routes::STREAM {
                     request.extensions_mut().insert(line.clone());
                 }
                 router.call(request)

@@ -1,8 +1,9 @@
 //! The REST surface: Firecracker's paths with its status codes and bodies, and ours beside them.
 //!
 //! Promises: 200 with JSON, 204 on a change of state, 400 with `{"fault_message": "..."}` on every refusal (413 where the metadata
-//! would be too large), unknown paths and methods included. JSON is accepted under any content type; unknown fields are refused. A body is read to its end
-//! within [`Limits`] before any handler sees the request, so a slow or endless one costs its own connection only.
+//! would be too large), unknown paths and methods included. A slash after a path is as none. JSON is accepted under any content
+//! type; unknown fields are refused. A body is read to its end within [`Limits`] before any handler sees the request, so a slow or
+//! endless one costs its own connection only.
 
 mod actions;
 mod balloon;
@@ -31,7 +32,8 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::http::uri::PathAndQuery;
+use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
@@ -140,9 +142,10 @@ async fn unknown(request: Request) -> Fault {
 }
 
 /// Takes in the whole request, and refuses what no handler should see. The order of the checks is Firecracker's.
-async fn admit(State((shared, limits)): State<(Shared, Limits)>, request: Request, next: Next) -> Response {
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+async fn admit(State((shared, limits)): State<(Shared, Limits)>, mut request: Request, next: Next) -> Response {
+    let (method, path) = (request.method().clone(), plain(request.uri()).path().to_owned());
     let line = format!("{method} {path}");
+    *request.uri_mut() = plain(request.uri());
     let response = match whole(request, limits).await {
         Ok(request) => next.run(request).await,
         Err(fault) => fault.into_response(),
@@ -156,6 +159,21 @@ async fn admit(State((shared, limits)): State<(Shared, Limits)>, request: Reques
         None => tracing::debug!("{line}: {}", response.status().as_u16()),
     }
     response
+}
+
+/// `uri` with one slash before its path and none after it, which mean nothing in Firecracker's.
+pub(crate) fn plain(uri: &Uri) -> Uri {
+    let path = uri.path();
+    let inner = path.trim_start_matches('/');
+    let inner = inner.strip_suffix('/').unwrap_or(inner);
+    // The page's links are relative: from under its own name they would lead nowhere.
+    if path.len() == inner.len() + 1 || inner == "ui" {
+        return uri.clone();
+    }
+    let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
+    let plain = PathAndQuery::try_from(format!("/{inner}{query}"));
+    // Parts of what was one: it is one again.
+    plain.map_or_else(|_| uri.clone(), Uri::from)
 }
 
 async fn whole(request: Request, limits: Limits) -> Result<Request, Fault> {
