@@ -201,10 +201,11 @@ async fn accept(
 ) {
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(CONNECTIONS));
-    let serve = |place| Connection {
+    let serve = |place, over_tcp| Connection {
         router: service.router.clone(),
         watcher: graceful.watcher(),
         place,
+        over_tcp,
     };
     loop {
         let accepted = tokio::select! {
@@ -213,8 +214,8 @@ async fn accept(
             _ = &mut stop => break,
         };
         match accepted {
-            Ok(Accepted::Unix(io)) => drop(tokio::spawn(serve(place(&room).await).run(io))),
-            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(place(&room).await).run(io))),
+            Ok(Accepted::Unix(io)) => drop(tokio::spawn(serve(place(&room).await, false).run(io))),
+            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(place(&room).await, true).run(io))),
             Err(error) => {
                 // Out of descriptors, as a rule: give connections the time to end.
                 tracing::warn!("a connection could not be accepted: {error}");
@@ -267,6 +268,7 @@ struct Connection {
     router: Router,
     watcher: Watcher,
     place: Option<OwnedSemaphorePermit>,
+    over_tcp: bool,
 }
 
 impl Connection {
@@ -285,6 +287,9 @@ impl Connection {
         let serve = {
             let (router, line) = (TowerToHyperService::new(self.router), line.clone());
             service_fn(move |mut request: Request<Incoming>| {
+                if self.over_tcp {
+                    request.extensions_mut().insert(routes::OverTcp);
+                }
                 if routes::plain(request.uri()).path() == routes::STREAM {
                     request.extensions_mut().insert(line.clone());
                 }
@@ -358,11 +363,39 @@ mod tests {
     }
 
     /// All that comes until the server closes the connection.
-    fn read_all(mut stream: UnixStream) -> String {
+    fn read_all(mut stream: impl Read) -> String {
         let mut answer = Vec::new();
         // A connection that is reset is closed too.
         let _ = stream.read_to_end(&mut answer);
         String::from_utf8(answer).unwrap()
+    }
+
+    #[test]
+    fn a_name_that_is_another_hosts_is_refused_over_tcp_and_taken_over_the_unix_socket() {
+        let request = b"GET /version HTTP/1.1\r\nHost: attacker.example\r\nConnection: close\r\n\r\n";
+        let served = Served::new();
+        let mut unix = served.connect();
+        unix.write_all(request).unwrap();
+        assert!(read_all(unix).starts_with("HTTP/1.1 200 "));
+
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        let listeners = Listeners {
+            unix: None,
+            tcp: Some(listener),
+        };
+        let server = Server::spawn().unwrap();
+        let backend = Arc::new(Fake::new(RunState::Running));
+        server.open(listeners, backend, Limits::default(), || {}).unwrap();
+        let mut tcp = std::net::TcpStream::connect(address).unwrap();
+        tcp.set_read_timeout(Some(PATIENCE)).unwrap();
+        tcp.write_all(request).unwrap();
+        let answer = read_all(tcp);
+        assert!(
+            answer.starts_with("HTTP/1.1 400 ") && answer.contains("fault_message"),
+            "{answer}"
+        );
     }
 
     #[test]

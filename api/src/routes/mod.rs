@@ -20,6 +20,7 @@ mod metrics;
 mod mmds;
 mod openapi;
 mod outputs;
+mod rebinding;
 mod stream;
 mod ui;
 mod unsupported;
@@ -47,6 +48,7 @@ use crate::backend::Backend;
 use crate::host::Host;
 use fault::Fault;
 use id::Id;
+pub(crate) use rebinding::OverTcp;
 
 /// The version of Firecracker whose API this one follows: what `GET /version` answers, as clients choose features by it.
 pub const FIRECRACKER_API: &str = "1.14.0";
@@ -145,8 +147,14 @@ async fn unknown(request: Request) -> Fault {
 async fn admit(State((shared, limits)): State<(Shared, Limits)>, mut request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), plain(request.uri()).path().to_owned());
     let line = format!("{method} {path}");
-    *request.uri_mut() = plain(request.uri());
-    let response = match whole(request, limits).await {
+    let request = match rebinding::check(&request) {
+        Ok(()) => {
+            *request.uri_mut() = plain(request.uri());
+            whole(request, limits).await
+        }
+        Err(fault) => Err(fault),
+    };
+    let response = match request {
         Ok(request) => next.run(request).await,
         Err(fault) => fault.into_response(),
     };
