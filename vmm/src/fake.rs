@@ -14,7 +14,7 @@ use crate::config::{BootSource, Drive, DriveUpdate, Logger, NetworkInterface, Ne
 use crate::devices::i8042::KeysUnread;
 use crate::devices::virtio::balloon::{Balloon, BalloonError, BalloonStats, HintingStart, HintingStatus};
 use crate::devices::virtio::block::BlockError;
-use crate::devices::virtio::net::NetError;
+use crate::devices::virtio::net::{NetError, Taps};
 use crate::kvm::KvmError;
 use crate::lifecycle::Lifecycle;
 use crate::log::LogError;
@@ -201,7 +201,8 @@ impl Builder for FakeBuilder {
         }
     }
 
-    fn check_interface(&self, interface: &NetworkInterface) -> Result<(), NetError> {
+    /// It has none.
+    fn hold_tap(&self, interface: &NetworkInterface, _taps: &mut Taps) -> Result<(), NetError> {
         match interface.mtu {
             Some(mtu) if mtu < 68 => Err(NetError::Mtu {
                 iface: interface.iface_id.clone(),
