@@ -260,10 +260,11 @@ async fn accept(
 ) {
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(CONNECTIONS));
-    let serve = |place| Connection {
+    let serve = |place, over_tcp| Connection {
         router: service.router.clone(),
         watcher: graceful.watcher(),
         place,
+        over_tcp,
     };
     loop {
         let accepted = tokio::select! {
@@ -272,8 +273,8 @@ async fn accept(
             _ = &mut stop => break,
         };
         match accepted {
-            Ok(Accepted::Unix(io)) => drop(tokio::spawn(serve(place(&room).await).run(io))),
-            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(place(&room).await).run(io))),
+            Ok(Accepted::Unix(io)) => drop(tokio::spawn(serve(place(&room).await, false).run(io))),
+            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(place(&room).await, true).run(io))),
             Err(error) => {
                 // Out of descriptors, as a rule: give connections the time to end.
                 tracing::warn!("a connection could not be accepted: {error}");
@@ -327,6 +328,7 @@ struct Connection {
     router: Router,
     watcher: Watcher,
     place: Option<OwnedSemaphorePermit>,
+    over_tcp: bool,
 }
 
 impl Connection {
@@ -345,7 +347,10 @@ impl Connection {
         let serve = {
             let (router, line) = (TowerToHyperService::new(self.router), line.clone());
             service_fn(move |mut request: Request<Incoming>| {
-                if request.uri().path() == routes::STREAM {
+                if self.over_tcp {
+                    request.extensions_mut().insert(routes::OverTcp);
+                }
+                if routes::plain(request.uri()).path() == routes::STREAM {
                     request.extensions_mut().insert(line.clone());
                 }
                 router.call(request)

@@ -52,7 +52,7 @@ impl Served {
 }
 
 /// All that comes until the server closes the connection.
-fn read_all(mut stream: UnixStream) -> String {
+fn read_all(mut stream: impl Read) -> String {
     let mut answer = Vec::new();
     // A connection that is reset is closed too.
     let _ = stream.read_to_end(&mut answer);
@@ -427,6 +427,34 @@ fn the_loopback_is_served_as_the_socket_is() {
     stream.read_to_string(&mut answer).unwrap();
     assert!(
         answer.starts_with("HTTP/1.1 200 ") && answer.contains("firecracker_version"),
+        "{answer}"
+    );
+}
+
+#[test]
+fn a_name_that_is_another_hosts_is_refused_over_tcp_and_taken_over_the_unix_socket() {
+    let request = b"GET /version HTTP/1.1\r\nHost: attacker.example\r\nConnection: close\r\n\r\n";
+    let served = Served::new();
+    let mut unix = served.connect();
+    unix.write_all(request).unwrap();
+    assert!(read_all(unix).starts_with("HTTP/1.1 200 "));
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap();
+    let listeners = Listeners {
+        unix: None,
+        tcp: Some(listener),
+    };
+    let server = Server::spawn().unwrap();
+    let backend = Arc::new(Fake::new(RunState::Running));
+    server.open(listeners, backend, Limits::default(), || {}).unwrap();
+    let mut tcp = std::net::TcpStream::connect(address).unwrap();
+    tcp.set_read_timeout(Some(PATIENCE)).unwrap();
+    tcp.write_all(request).unwrap();
+    let answer = read_all(tcp);
+    assert!(
+        answer.starts_with("HTTP/1.1 400 ") && answer.contains("fault_message"),
         "{answer}"
     );
 }

@@ -209,6 +209,23 @@ fn metadata_of_a_file_up_to_a_limit_is_told_to_a_guest_that_has_a_token() {
 }
 
 #[test]
+fn metadata_of_version_1_is_told_to_a_guest_without_a_token() {
+    require_bed!(nohz_full);
+    in_own_network(|| {
+        let folder = Folder::new();
+        let document = json!({ "latest": { "meta-data": { "instance-id": "i-1" } } }).to_string();
+        let metadata = folder.write("metadata", document).display().to_string();
+        // Version 1 is that of a configuration without one.
+        let mmds = json!({ "mmds-config": { "network_interfaces": ["eth0"] } });
+        let plan = "net-up,metadata,poweroff";
+        let mut vm = guest_with(plan, json!({}), mmds, ["--metadata", &metadata]);
+        vm.process
+            .wait_for("chronovisor guest: metadata: 200 \"i-1\" without a token, \"i-1\" with one");
+        assert_eq!(vm.process.wait().0.code(), Some(0));
+    });
+}
+
+#[test]
 fn a_limited_interface_sends_at_its_rate_within_5_percent_over_10_s_and_a_patch_changes_it() {
     require_bed!(nohz_full);
     in_own_network(|| {

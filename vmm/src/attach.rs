@@ -12,7 +12,7 @@ use crate::config::{Devices, Drive};
 use crate::devices::virtio::balloon::{Balloon, BalloonError};
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::mmio::{Transport, Window};
-use crate::devices::virtio::net::{Net, NetError};
+use crate::devices::virtio::net::{Net, NetError, Taps};
 use crate::devices::virtio::rng::{Rng, RngError};
 use crate::devices::virtio::vsock::{Vsock, VsockError};
 use crate::devices::virtio::{Interrupt, Shared};
@@ -70,11 +70,15 @@ pub struct Attached {
     pub entropy: Option<Arc<Mutex<Rng>>>,
 }
 
-/// Builds `devices`. Beside them their registers, in the order of their windows.
+/// Builds `devices`, interfaces on those of `taps` that are theirs. Beside them their registers, in the order of their windows.
 ///
 /// # Errors
 /// See [`AttachError`].
-pub fn build(devices: &Devices, memory: &Arc<GuestMemory>) -> Result<(Attached, Vec<Transport>), AttachError> {
+pub fn build(
+    devices: &Devices,
+    taps: &Taps,
+    memory: &Arc<GuestMemory>,
+) -> Result<(Attached, Vec<Transport>), AttachError> {
     let mut attached = Attached::default();
     let mut transports = Vec::new();
     let mut add = |name: String, device: Shared| {
@@ -94,7 +98,7 @@ pub fn build(devices: &Devices, memory: &Arc<GuestMemory>) -> Result<(Attached, 
         attached.blocks.push((drive.drive_id.clone(), block));
     }
     for interface in &devices.network_interfaces {
-        let net = Arc::new(Mutex::new(Net::new(interface)?));
+        let net = Arc::new(Mutex::new(Net::new(interface, taps)?));
         add(format!("interface {}", interface.iface_id), net.clone())?;
         attached.nets.push((interface.iface_id.clone(), net));
     }

@@ -14,7 +14,7 @@ use crate::config::{BootSource, Drive, DriveUpdate, Logger, NetworkInterface, Ne
 use crate::devices::i8042::KeysUnread;
 use crate::devices::virtio::balloon::{Balloon, BalloonError, BalloonStats, HintingStart, HintingStatus};
 use crate::devices::virtio::block::BlockError;
-use crate::devices::virtio::net::NetError;
+use crate::devices::virtio::net::{NetError, Taps};
 use crate::kvm::KvmError;
 use crate::lifecycle::Lifecycle;
 use crate::log::LogError;
@@ -175,14 +175,16 @@ impl Builder for FakeBuilder {
     type Machine = FakeMachine;
 
     fn check(&self, source: &BootSource) -> Result<(), BootError> {
-        if source.kernel_image_path.starts_with(NOWHERE) {
+        let initrd = source.initrd_path.iter().map(|path| ("initrd", path));
+        let mut files = [("kernel", &source.kernel_image_path)].into_iter().chain(initrd);
+        if let Some((what, path)) = files.find(|(_, path)| path.starts_with(NOWHERE)) {
             return Err(BootError::Open {
-                what: "kernel",
-                path: source.kernel_image_path.clone(),
+                what,
+                path: path.clone(),
                 source: not_found(),
             });
         }
-        Ok(())
+        crate::boot::check_boot_args(source)
     }
 
     fn check_drive(&self, drive: &Drive) -> Result<(), BlockError> {
@@ -201,7 +203,8 @@ impl Builder for FakeBuilder {
         }
     }
 
-    fn check_interface(&self, interface: &NetworkInterface) -> Result<(), NetError> {
+    /// It has none.
+    fn hold_tap(&self, interface: &NetworkInterface, _taps: &mut Taps) -> Result<(), NetError> {
         match interface.mtu {
             Some(mtu) if mtu < 68 => Err(NetError::Mtu {
                 iface: interface.iface_id.clone(),

@@ -59,6 +59,9 @@ pub use action::{
     RunState,
 };
 pub use devices::i8042::KeysUnread;
+pub use devices::virtio::block::BlockError;
+pub use devices::virtio::net::{NetError, TapError};
+pub use devices::virtio::vsock::VsockError;
 pub use end::End;
 
 /// The guest's serial console.

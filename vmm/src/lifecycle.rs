@@ -36,6 +36,7 @@ use crate::config::{
 use crate::devices::MachineEvent;
 use crate::devices::i8042::KeysUnread;
 use crate::devices::virtio::balloon::BalloonError;
+use crate::devices::virtio::net::Taps;
 use crate::end::{self, End};
 use crate::machine::Plan;
 use crate::machinery::{Builder, Run};
@@ -45,7 +46,8 @@ use crate::mmds::{Mmds, SharedMmds};
 use crate::{ActionError, Shared};
 
 enum State<M> {
-    NotStarted,
+    /// The taps of the interfaces so far; with the start they are the machine's.
+    NotStarted(Taps),
     Running(M),
     Paused(M),
     Ended(End),
@@ -91,7 +93,7 @@ impl<B: Builder> Lifecycle<B> {
             mmds_limit_bytes,
             pinning: Pinning::default(),
             shared,
-            state: State::NotStarted,
+            state: State::NotStarted(Taps::default()),
         }
     }
 
@@ -146,9 +148,11 @@ impl<B: Builder> Lifecycle<B> {
             }
             Action::PatchDrive(update) => self.patch_drive(update)?,
             Action::PutInterface(interface) => {
-                self.before_start()?;
+                let State::NotStarted(taps) = &mut self.state else {
+                    return Err(ActionError::AFTER_START);
+                };
                 self.devices.check_interface(&interface)?;
-                self.builder.check_interface(&interface)?;
+                self.builder.hold_tap(&interface, taps)?;
                 self.devices.put_interface(interface);
             }
             Action::PatchInterface(update) => self.patch_interface(&update)?,
@@ -166,7 +170,7 @@ impl<B: Builder> Lifecycle<B> {
             }
             Action::GetBalloon => {
                 let balloon = self.devices.balloon.ok_or_else(|| match self.state {
-                    State::NotStarted => BalloonRefused::None.into(),
+                    State::NotStarted(_) => BalloonRefused::None.into(),
                     _ => ActionError::ReadBalloon(BalloonError::Missing),
                 });
                 return Ok(Reply::Balloon(balloon?));
@@ -305,7 +309,7 @@ impl<B: Builder> Lifecycle<B> {
 
     fn before_start(&self) -> Result<(), ActionError> {
         match self.state {
-            State::NotStarted => Ok(()),
+            State::NotStarted(_) => Ok(()),
             _ => Err(ActionError::AFTER_START),
         }
     }
@@ -313,13 +317,13 @@ impl<B: Builder> Lifecycle<B> {
     fn machine(&self) -> Result<&B::Machine, ActionError> {
         match &self.state {
             State::Running(machine) | State::Paused(machine) => Ok(machine),
-            State::NotStarted => Err(ActionError::BEFORE_START),
+            State::NotStarted(_) => Err(ActionError::BEFORE_START),
             State::Ended(_) => Err(ActionError::Ended),
         }
     }
 
     fn step(&mut self, next: impl FnOnce(State<B::Machine>) -> State<B::Machine>) {
-        self.state = next(std::mem::replace(&mut self.state, State::NotStarted));
+        self.state = next(std::mem::replace(&mut self.state, State::NotStarted(Taps::default())));
     }
 
     fn machine_config(&self) -> MachineConfig {
@@ -433,13 +437,16 @@ impl<B: Builder> Lifecycle<B> {
     }
 
     fn start(&mut self) -> Result<Reply, ActionError> {
-        self.before_start()?;
+        let State::NotStarted(taps) = &self.state else {
+            return Err(ActionError::AFTER_START);
+        };
         let boot = self.boot_source.clone().ok_or(ActionError::NoKernel)?;
         let plan = Plan {
             machine: self.machine_config.clone(),
             boot,
             cpu: self.cpu.clone(),
             devices: self.devices.clone(),
+            taps: taps.clone(),
             serial: self.serial.clone(),
             mmds: self.mmds_config.clone().zip(self.mmds.clone()),
             pinning: self.pinning.clone(),
@@ -462,7 +469,7 @@ impl<B: Builder> Lifecycle<B> {
             id: self.id.clone(),
             state: match self.state {
                 State::Paused(_) => RunState::Paused,
-                State::NotStarted => RunState::NotStarted,
+                State::NotStarted(_) => RunState::NotStarted,
                 State::Running(_) | State::Ended(_) => RunState::Running,
             },
             vmm_version: env!("CARGO_PKG_VERSION").into(),

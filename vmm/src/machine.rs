@@ -26,6 +26,7 @@ use crate::devices::i8042::KeysUnread;
 use crate::devices::ring::OutputRing;
 use crate::devices::virtio::DeviceEvents;
 use crate::devices::virtio::mmio::Transport;
+use crate::devices::virtio::net::Taps;
 use crate::devices::{Bus, I8042, MachineEvent, Notifier, Pm, SerialPort};
 use crate::host;
 use crate::kvm::{self, CallError, KvmError, refused};
@@ -111,6 +112,8 @@ pub struct Plan {
     pub cpu: Processor,
     /// virtio devices.
     pub devices: Devices,
+    /// The taps that are attached to already.
+    pub taps: Taps,
     /// Where COM1's output goes, if not to the console.
     pub serial: Option<Serial>,
     /// The metadata service, and who reaches it.
@@ -170,7 +173,7 @@ impl Machine {
         let cpu_warnings = plan.cpu.change_cpuid(&mut supported)?;
 
         let memory = Arc::new(GuestMemory::new(plan.machine.mem_size_mib, plan.machine.huge_pages)?);
-        let (attached, virtio) = attach::build(&plan.devices, &memory)?;
+        let (attached, virtio) = attach::build(&plan.devices, &plan.taps, &memory)?;
         if let Some((config, service)) = &plan.mmds {
             attached.set_mmds(config, service).map_err(AttachError::from)?;
         }

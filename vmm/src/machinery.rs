@@ -11,7 +11,7 @@ use crate::console::Output;
 use crate::devices::i8042::KeysUnread;
 use crate::devices::virtio::balloon::{BalloonError, BalloonStats, HintingStart, HintingStatus};
 use crate::devices::virtio::block::{Block, BlockError};
-use crate::devices::virtio::net::{Net, NetError};
+use crate::devices::virtio::net::{NetError, Taps};
 use crate::log::LogError;
 use crate::machine::{Machine, Plan, StartError, Surroundings};
 use crate::metrics::Counters;
@@ -58,8 +58,8 @@ pub trait Builder {
     fn check(&self, source: &BootSource) -> Result<(), BootError>;
     /// Whether `drive` can be had now.
     fn check_drive(&self, drive: &Drive) -> Result<(), BlockError>;
-    /// Whether `interface` can be had now.
-    fn check_interface(&self, interface: &NetworkInterface) -> Result<(), NetError>;
+    /// Adds to `taps` that of `interface`, or puts it in the place of the one that the interface had.
+    fn hold_tap(&self, interface: &NetworkInterface, taps: &mut Taps) -> Result<(), NetError>;
     /// Has the log written as asked.
     fn configure_log(&self, logger: &Logger) -> Result<(), LogError>;
     /// Builds a machine, held. Beside it, what the user should know.
@@ -125,8 +125,8 @@ impl Builder for Surroundings {
         Block::new(drive).map(drop)
     }
 
-    fn check_interface(&self, interface: &NetworkInterface) -> Result<(), NetError> {
-        Net::new(interface).map(drop)
+    fn hold_tap(&self, interface: &NetworkInterface, taps: &mut Taps) -> Result<(), NetError> {
+        taps.hold(interface)
     }
 
     fn configure_log(&self, logger: &Logger) -> Result<(), LogError> {

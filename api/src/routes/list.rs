@@ -189,13 +189,9 @@ routes! {
     }
     refused {
         PUT "/drives" => drives::put;
-        PUT "/drives/" => drives::put;
         PATCH "/drives" => drives::patch;
-        PATCH "/drives/" => drives::patch;
         PUT "/network-interfaces" => interfaces::put;
-        PUT "/network-interfaces/" => interfaces::put;
         PATCH "/network-interfaces" => interfaces::patch;
-        PATCH "/network-interfaces/" => interfaces::patch;
         GET "/balloon/{path}" => balloon::get_unknown;
         GET "/balloon/hinting" => balloon::unknown_hinting;
         GET "/balloon/hinting/{path}" => balloon::unknown_hinting;

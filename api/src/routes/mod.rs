@@ -1,9 +1,10 @@
 //! The REST surface: Firecracker's paths with its status codes and bodies, and ours beside them.
 //!
 //! Promises: 200 with JSON, 204 on a change of state, 400 with `{"fault_message": "..."}` on every refusal (413 where the metadata
-//! would be too large), unknown paths and methods included. JSON is accepted under any content type; unknown fields are refused. A body is read to its end
-//! within [`Limits`] before any handler sees the request, so a slow or endless one costs its own connection only. A change that was
-//! taken in is made with all that follows from it, whether or not its client waits for the answer.
+//! would be too large), unknown paths and methods included. A slash after a path is as none. JSON is accepted under any content
+//! type; unknown fields are refused. A body is read to its end within [`Limits`] before any handler sees the request, so a slow or
+//! endless one costs its own connection only. A change that was taken in is made with all that follows from it, whether or not its
+//! client waits for the answer.
 
 mod actions;
 mod balloon;
@@ -20,6 +21,7 @@ mod metrics;
 mod mmds;
 mod openapi;
 mod outputs;
+mod rebinding;
 mod stream;
 mod ui;
 mod unsupported;
@@ -32,7 +34,8 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::http::uri::PathAndQuery;
+use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
@@ -46,6 +49,7 @@ use crate::backend::Backend;
 use crate::host::Host;
 use fault::Fault;
 use id::Id;
+pub(crate) use rebinding::OverTcp;
 
 /// The version of Firecracker whose API this one follows: what `GET /version` answers, as clients choose features by it.
 pub const FIRECRACKER_API: &str = "1.14.0";
@@ -141,9 +145,15 @@ async fn unknown(request: Request) -> Fault {
 }
 
 /// Takes in the whole request, and refuses what no handler should see. The order of the checks is Firecracker's.
-async fn admit(State((shared, limits)): State<(Shared, Limits)>, request: Request, next: Next) -> Response {
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let request = whole(request, limits).await;
+async fn admit(State((shared, limits)): State<(Shared, Limits)>, mut request: Request, next: Next) -> Response {
+    let (method, path) = (request.method().clone(), plain(request.uri()).path().to_owned());
+    let request = match rebinding::check(&request) {
+        Ok(()) => {
+            *request.uri_mut() = plain(request.uri());
+            whole(request, limits).await
+        }
+        Err(fault) => Err(fault),
+    };
     let changes = request.as_ref().is_ok_and(|request| request.method() != Method::GET);
     let handled = handle(shared, method, path, request, next);
     if !changes {
@@ -173,6 +183,21 @@ async fn handle(shared: Shared, method: Method, path: String, request: Result<Re
         None => tracing::debug!("{line}: {}", response.status().as_u16()),
     }
     response
+}
+
+/// `uri` with one slash before its path and none after it, which mean nothing in Firecracker's.
+pub(crate) fn plain(uri: &Uri) -> Uri {
+    let path = uri.path();
+    let inner = path.trim_start_matches('/');
+    let inner = inner.strip_suffix('/').unwrap_or(inner);
+    // The page's links are relative: from under its own name they would lead nowhere.
+    if path.len() == inner.len() + 1 || inner == "ui" {
+        return uri.clone();
+    }
+    let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
+    let plain = PathAndQuery::try_from(format!("/{inner}{query}"));
+    // Parts of what was one: it is one again.
+    plain.map_or_else(|_| uri.clone(), Uri::from)
 }
 
 async fn whole(request: Request, limits: Limits) -> Result<Request, Fault> {

@@ -24,7 +24,7 @@ const PAGE: &str = concat!(
 /// the tags). A test names the hashes that belong here.
 const POLICY: &str = concat!(
     "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; ",
-    "style-src 'sha256-dwzJq02l6ByKVtrOmPyoJVjpiUZo2e/PL6iOqu4LI4c='; ",
+    "style-src 'sha256-XFqDAb45OYt2F7XKdRHffSP0qEIuhKShWHyCFvHxSmg='; ",
     "script-src 'sha256-Vq1TE989WyHePhSBRlHEvxhfVQM37YsGybyjbaK2pug='",
 );
 

@@ -87,15 +87,23 @@ pub fn flood(time: Duration) -> io::Result<u64> {
     Ok(sent)
 }
 
-/// Asks the metadata service, as version 2 wants it: the status without a token, and the value with one.
+/// Asks the metadata service: the status without a token, and the value where there is one (version 1); and the value with a token.
 pub fn metadata(path: &str) -> io::Result<String> {
     let without = ask(&format!("GET {path} HTTP/1.1\r\n"))?;
-    let status = without.split(' ').nth(1).unwrap_or_default().to_owned();
+    let mut told = without.split(' ').nth(1).unwrap_or_default().to_owned();
+    if told == "200" {
+        told += &format!(" {:?}", body(&without));
+    }
     let token = ask("PUT /latest/api/token HTTP/1.1\r\nX-metadata-token-ttl-seconds: 60\r\n")?;
-    let token = token.split_once("\r\n\r\n").map_or("", |(_, token)| token);
-    let with = ask(&format!("GET {path} HTTP/1.1\r\nX-metadata-token: {token}\r\n"))?;
-    let value = with.split_once("\r\n\r\n").map_or("", |(_, value)| value);
-    Ok(format!("{status} without a token, {value:?} with one"))
+    let with = ask(&format!(
+        "GET {path} HTTP/1.1\r\nX-metadata-token: {}\r\n",
+        body(&token)
+    ))?;
+    Ok(format!("{told} without a token, {:?} with one", body(&with)))
+}
+
+fn body(answer: &str) -> &str {
+    answer.split_once("\r\n\r\n").map_or("", |(_, body)| body)
 }
 
 fn ask(head: &str) -> io::Result<String> {

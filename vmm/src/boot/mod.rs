@@ -168,6 +168,11 @@ pub fn check(source: &BootSource) -> Result<(), BootError> {
     if let Some(initrd) = &source.initrd_path {
         open("initrd", initrd)?;
     }
+    check_boot_args(source)
+}
+
+/// The part of [`check`] that no file takes part in.
+pub(crate) fn check_boot_args(source: &BootSource) -> Result<(), BootError> {
     check_cmdline(cmdline(source), layout::CMDLINE_MAX - 1)
 }
 

@@ -19,6 +19,7 @@ mod detour;
 mod rx;
 mod spec;
 mod tap;
+mod taps;
 mod tx;
 
 use std::os::fd::{AsRawFd, RawFd};
@@ -43,6 +44,7 @@ use spec::{
 };
 use tap::Tap;
 pub use tap::TapError;
+pub use taps::Taps;
 
 /// Chains at once, either way: Firecracker's.
 const QUEUE_SIZE: u16 = 256;
@@ -119,13 +121,23 @@ fn count(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
 }
 
+fn check_mtu(config: &NetworkInterface) -> Result<(), NetError> {
+    match config.mtu {
+        Some(mtu) if mtu < MIN_MTU => Err(NetError::Mtu {
+            iface: config.iface_id.clone(),
+            mtu,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// An interface.
 #[derive(Debug)]
 pub struct Net {
     iface: String,
     guest_mac: Option<MacAddr>,
     mtu: Option<u16>,
-    tap: Tap,
+    tap: Arc<Tap>,
     /// The tap may have a frame: it said so, and has not been found empty since.
     readable: bool,
     /// The tap was deleted.
@@ -148,22 +160,16 @@ pub struct Net {
 }
 
 impl Net {
-    /// The interface that `config` describes, with its tap.
+    /// The interface that `config` describes, with its tap; one of `taps`, if it is among them.
     ///
     /// # Errors
     /// See [`NetError`].
-    pub fn new(config: &NetworkInterface) -> Result<Self, NetError> {
-        let iface = &config.iface_id;
-        if let Some(mtu) = config.mtu.filter(|&mtu| mtu < MIN_MTU) {
-            return Err(NetError::Mtu {
-                iface: iface.clone(),
-                mtu,
-            });
-        }
-        Self::with_tap(config, Tap::open(iface, &config.host_dev_name)?)
+    pub fn new(config: &NetworkInterface, taps: &Taps) -> Result<Self, NetError> {
+        check_mtu(config)?;
+        Self::with_tap(config, taps.tap_of(config)?)
     }
 
-    fn with_tap(config: &NetworkInterface, tap: Tap) -> Result<Self, NetError> {
+    fn with_tap(config: &NetworkInterface, tap: impl Into<Arc<Tap>>) -> Result<Self, NetError> {
         let limiter = |limit| {
             RateLimiter::new(limit).map_err(|source| NetError::Timer {
                 iface: config.iface_id.clone(),
@@ -178,7 +184,7 @@ impl Net {
             iface: config.iface_id.clone(),
             guest_mac: config.guest_mac,
             mtu: config.mtu,
-            tap,
+            tap: tap.into(),
             // What came before anybody waited for it is no event.
             readable: true,
             gone: false,

@@ -166,6 +166,16 @@ impl Tap {
         &self.name
     }
 
+    /// Whether the tap is still there: the host can delete it.
+    pub fn is_there(&self) -> bool {
+        // SAFETY: an ifreq is numbers and bytes: zeros are one. TUNGETIFF writes one, which is what it is given, during the call.
+        let got = unsafe {
+            let mut request: libc::ifreq = std::mem::zeroed();
+            libc::ioctl(self.file.as_raw_fd(), libc::TUNGETIFF, &raw mut request)
+        };
+        checked(got).is_ok()
+    }
+
     /// Has the tap give frames as a driver that took `features` can have them: without checksums, or longer than the MTU.
     ///
     /// # Errors

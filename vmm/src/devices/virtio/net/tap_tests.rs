@@ -8,6 +8,7 @@ use event_manager::{EventManager, SubscriberOps};
 
 use super::spec::HEADER_LEN;
 use super::*;
+use crate::Action;
 use crate::devices::virtio::testing::{BUFFERS, Driver, for_driver, from_driver};
 
 /// Runs `test` in a new network namespace.
@@ -43,8 +44,12 @@ fn config(tap: &str) -> NetworkInterface {
     serde_json::from_value(serde_json::json!({ "iface_id": "eth0", "host_dev_name": tap })).unwrap()
 }
 
+fn net(tap: &str) -> Result<Net, NetError> {
+    Net::new(&config(tap), &Taps::default())
+}
+
 fn refusal(tap: &str) -> String {
-    Net::new(&config(tap)).unwrap_err().to_string()
+    net(tap).unwrap_err().to_string()
 }
 
 #[test]
@@ -54,7 +59,7 @@ fn a_tap_that_is_not_to_be_had_is_refused_in_words() {
         let expected = format!("interface eth0: {long:?} cannot be a tap's name: those have 1 to 15 bytes");
         assert_eq!(refusal(long), expected);
         assert!(refusal("").contains("1 to 15 bytes"));
-        let _first = Net::new(&config("tap-of-15-bytes")).unwrap();
+        let _first = net("tap-of-15-bytes").unwrap();
         let busy = refusal("tap-of-15-bytes");
         assert!(
             busy.starts_with("interface eth0: cannot attach to tap tap-of-15-bytes: Device or resource busy")
@@ -77,7 +82,7 @@ struct Attached {
 
 impl Attached {
     fn new(features: u64) -> Self {
-        let net = Arc::new(Mutex::new(Net::new(&config("tap0")).unwrap()));
+        let net = Arc::new(Mutex::new(self::net("tap0").unwrap()));
         ip("link set dev tap0 up");
         ip("address add 10.9.8.1/24 dev tap0");
         let mut driver = Driver::start(net.clone(), features);
@@ -217,5 +222,96 @@ fn a_tap_that_is_down_loses_frames_and_serves_when_it_is_up() {
         let sent = net.metrics().tx_packets_count.load(Ordering::Relaxed);
         assert_eq!((fails, sent, net.gone), (1, 1, false));
         assert_eq!(net.metrics().tx_fails.load(Ordering::Relaxed), 1);
+    });
+}
+
+/// Whether there is an interface `name` on the host, with the address 10.9.8.1.
+fn has_address(name: &str) -> bool {
+    let output = Command::new("ip")
+        .args(["address", "show", "dev", name])
+        .output()
+        .unwrap();
+    String::from_utf8_lossy(&output.stdout).contains("inet 10.9.8.1/24")
+}
+
+fn exists(name: &str) -> bool {
+    Command::new("ip")
+        .args(["link", "show", "dev", name])
+        .output()
+        .unwrap()
+        .status
+        .success()
+}
+
+#[test]
+fn what_the_host_gives_a_tap_before_the_start_is_there_after_it() {
+    in_namespace(|| {
+        let mut taps = Taps::default();
+        taps.hold(&config("tap0")).unwrap();
+        ip("address add 10.9.8.1/24 dev tap0");
+        // Configured once more, with other limits, say.
+        taps.hold(&config("tap0")).unwrap();
+        assert!(has_address("tap0"), "configured twice");
+        drop(Net::new(&config("tap0"), &taps).unwrap());
+        assert!(has_address("tap0"), "a start that failed");
+        let net = Net::new(&config("tap0"), &taps).unwrap();
+        drop(taps);
+        assert!(has_address("tap0"), "a start");
+        drop(net);
+        assert!(!exists("tap0"));
+    });
+}
+
+#[test]
+fn an_interface_lets_go_of_its_tap_when_it_has_another_and_not_when_that_is_refused() {
+    in_namespace(|| {
+        let mut taps = Taps::default();
+        taps.hold(&config("tap0")).unwrap();
+        let mtu = NetworkInterface {
+            mtu: Some(67),
+            ..config("tap1")
+        };
+        assert!(taps.hold(&mtu).is_err() && taps.hold(&config("lo")).is_err());
+        assert!(exists("tap0") && !exists("tap1"));
+        taps.hold(&config("tap1")).unwrap();
+        assert!(!exists("tap0") && exists("tap1"));
+    });
+}
+
+#[test]
+fn a_tap_that_was_deleted_and_made_again_before_the_start_is_the_new_one() {
+    in_namespace(|| {
+        let mut taps = Taps::default();
+        taps.hold(&config("tap0")).unwrap();
+        ip("link delete dev tap0");
+        ip("tuntap add dev tap0 mode tap");
+        let net = Net::new(&config("tap0"), &taps).unwrap();
+        assert!(net.tap.is_there());
+        ip("link delete dev tap0");
+        assert!(!net.tap.is_there());
+    });
+}
+
+#[test]
+fn a_microvm_that_ends_before_its_start_leaves_no_tap() {
+    in_namespace(|| {
+        let (vmm, handle) = crate::Vmm::spawn(crate::Options {
+            id: "test".into(),
+            console: crate::Console::Files {
+                input: None,
+                output: std::fs::File::create("/dev/null").unwrap().into(),
+            },
+            gtime_source: accounting::GtimeSource::Auto,
+            log: crate::log::LogSink::default(),
+            mmds_limit_bytes: crate::mmds::data::DEFAULT_LIMIT_BYTES,
+        })
+        .unwrap();
+        handle.request(Action::PutInterface(config("tap0"))).unwrap();
+        ip("address add 10.9.8.1/24 dev tap0");
+        handle.request(Action::Start).unwrap_err();
+        assert!(has_address("tap0"));
+        handle.request(Action::Stop).unwrap();
+        assert_eq!(vmm.join(), crate::End::Stopped);
+        assert!(!exists("tap0"));
     });
 }

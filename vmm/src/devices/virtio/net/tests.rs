@@ -425,7 +425,7 @@ fn the_configuration_space_and_the_features_are_what_was_configured() {
     let wire = Wire::new(ALL);
     assert_eq!(wire.driver.config(0), [0u8; 12]);
     assert_eq!(wire.net.lock().unwrap().features() & (F_MAC | F_MTU), 0);
-    let refused = Net::new(&config(serde_json::json!({ "mtu": 67 }))).unwrap_err();
+    let refused = Net::new(&config(serde_json::json!({ "mtu": 67 })), &Taps::default()).unwrap_err();
     assert_eq!(
         refused.to_string(),
         "interface eth0: an MTU of 67 is not possible: it is 68 at least"
