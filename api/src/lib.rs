@@ -15,6 +15,7 @@ mod exit;
 mod exporter;
 mod figures;
 pub mod fleet;
+mod heap;
 mod host;
 mod line;
 mod log;

@@ -24,7 +24,7 @@ use crate::routes::Limits;
 use crate::server::{Listeners, Server};
 use crate::socket;
 use crate::step::Step;
-use crate::{config_file, descriptors, log, signals};
+use crate::{config_file, descriptors, heap, log, signals};
 
 /// What both modes come down to.
 struct Plan {
@@ -228,6 +228,7 @@ fn launch(plan: Plan) -> Result<u8> {
     if done == Done::All {
         if start {
             session.open_console();
+            heap::trim();
         }
         if let Some(held) = held {
             held.serve();

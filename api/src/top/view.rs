@@ -113,7 +113,7 @@ pub fn draw(state: &State, first: usize, look: Look, now: Instant, area: Rect, b
             if let Some(row) = rows.get(at) {
                 one(state, row, &columns, look, now, line, buffer);
                 if at == chosen {
-                    buffer.set_style(line, Style::new().add_modifier(Modifier::REVERSED));
+                    mark(&columns, line, buffer);
                 }
             }
         }
@@ -252,6 +252,19 @@ fn one(state: &State, row: &Row<'_>, columns: &[Column], look: Look, now: Instan
                 let x = column.x;
                 put(buffer, line, x, &column.aligned(&text(row.vm, vcpu, &health)), style);
             }
+        }
+    }
+}
+
+/// Marks the chosen row by reversing it, but for its bars, whose colours say what they are of.
+fn mark(columns: &[Column], line: Rect, buffer: &mut Buffer) {
+    let bars = columns
+        .iter()
+        .filter(|column| matches!(column.kind, columns::Kind::Bar));
+    let bars: Vec<_> = bars.map(|bar| line.x + bar.x..line.x + bar.x + bar.width).collect();
+    for x in (line.x..line.right()).filter(|x| !bars.iter().any(|bar| bar.contains(x))) {
+        if let Some(cell) = buffer.cell_mut((x, line.y)) {
+            cell.set_style(Style::new().add_modifier(Modifier::REVERSED));
         }
     }
 }
