@@ -148,6 +148,8 @@ fn chatter(time: Duration) {
             .and_then(|mut console| {
                 while start.elapsed() < time {
                     console.write_all(line.as_bytes())?;
+                    // A console is written to with the processor held: other steps are to have some of it.
+                    std::thread::sleep(Duration::from_millis(10));
                 }
                 Ok(())
             });
