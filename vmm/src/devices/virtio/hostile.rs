@@ -14,19 +14,20 @@
 //!   the thread's voluntary switches, and what never comes back is ended by a watchdog;
 //! * after a reset the device is at rest, and serves the next driver.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+mod dice;
+mod witness;
+
+use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Shared;
-use super::block::Block;
-use super::testing::{BUFFERS, Driver, NEEDS_RESET, READY, RINGS, STATUS, for_driver, from_driver};
-use crate::config::{Drive, HugePages, IoEngine};
+use super::testing::{BUFFERS, Driver, NEEDS_RESET, READY, RINGS, STATUS};
+use crate::config::HugePages;
 use crate::memory::GuestMemory;
-use crate::testing::TempFile;
+pub use dice::Dice;
+pub use witness::disk;
+use witness::{Neighbour, Watchdog, waits};
 
 /// Cases a device.
 const CASES: u64 = 10_000;
@@ -76,49 +77,6 @@ pub struct Shape {
 impl<F: FnMut() -> Shared> World for F {
     fn make(&mut self) -> Shared {
         self()
-    }
-}
-
-/// Numbers that depend on the seed only: splitmix64 (Steele, Lea and Flood, 2014).
-#[derive(Clone, Debug)]
-pub struct Dice(pub u64);
-
-impl Dice {
-    fn roll(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.roll() % end
-    }
-
-    /// Once in `n` times.
-    pub fn once_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-
-    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
-        // A place in a slice.
-        of[usize::try_from(self.below(of.len() as u64)).unwrap()]
-    }
-
-    fn word16(&mut self) -> u16 {
-        u16::try_from(self.below(1 << 16)).unwrap()
-    }
-
-    fn word32(&mut self) -> u32 {
-        u32::try_from(self.below(1 << 32)).unwrap()
-    }
-
-    /// A word as requests have them: small, most of the time.
-    fn small(&mut self) -> u32 {
-        let few = u32::try_from(self.below(1200)).unwrap();
-        let any = self.word32();
-        self.pick(&[0, 0, 0, 1, 2, 4, 8, few, few, any])
     }
 }
 
@@ -412,102 +370,6 @@ impl<W: World> Hostile<'_, W> {
             }
             _ => self.fill(queue),
         }
-    }
-}
-
-/// A disk whose driver behaves.
-#[derive(Debug)]
-struct Neighbour {
-    driver: Driver,
-    _image: TempFile,
-}
-
-impl Neighbour {
-    fn new() -> Self {
-        let image = TempFile::new(&[0x5a; 1024]);
-        let disk = disk(&image, IoEngine::Sync);
-        Self {
-            driver: Driver::start(disk, u64::MAX),
-            _image: image,
-        }
-    }
-
-    /// Asks for a sector while `other` is notified of all its queues; each has its turn once.
-    fn serves_beside(&mut self, other: &mut Driver) {
-        let (head, data, status) = (BUFFERS, BUFFERS + 0x1000, BUFFERS + 0x2000);
-        self.driver.write(head, &[0; 16]);
-        self.driver.write(data, &[0; 512]);
-        let chain = [from_driver(head, 16), for_driver(data, 512), for_driver(status, 1)];
-        let head = self.driver.put(0, &chain);
-        self.driver.notify(0);
-        for queue in 0..other.transport.notifications().len() {
-            other.notify(queue);
-        }
-        other.turn(1);
-        self.driver.turn(1);
-        assert_eq!(
-            self.driver.used(0),
-            [(head.into(), 513)],
-            "the neighbour does not serve"
-        );
-        assert_eq!(self.driver.read(data, 512), [0x5a; 512]);
-    }
-}
-
-/// A disk over `image`, for tests.
-pub fn disk(image: &TempFile, io_engine: IoEngine) -> Shared {
-    let drive: Drive = serde_json::from_value(serde_json::json!({
-        "drive_id": "d", "is_root_device": false, "path_on_host": image.path(), "io_engine": io_engine,
-        "cache_type": "Writeback",
-    }))
-    .unwrap();
-    Arc::new(Mutex::new(Block::new(&drive).unwrap()))
-}
-
-/// How often this thread has gone to sleep so far: to wait for something, not because others had their turn.
-fn waits() -> u64 {
-    #[expect(unsafe_code, reason = "a plain system call that no crate of ours wraps")]
-    // SAFETY: a structure of numbers, for which zeros are as good as any, and which the call fills.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        assert_eq!(libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage), 0);
-        usage
-    };
-    u64::try_from(usage.ru_nvcsw).unwrap()
-}
-
-/// Ends the process if a case does not end: a device that never comes back keeps its test from failing otherwise.
-struct Watchdog {
-    case: Arc<AtomicU64>,
-    _over: Sender<()>,
-}
-
-impl Watchdog {
-    /// A case takes a millisecond.
-    const PATIENCE: Duration = Duration::from_secs(120);
-
-    fn new() -> Self {
-        let case = Arc::new(AtomicU64::new(0));
-        let (over, is_over) = channel();
-        std::thread::spawn({
-            let case = Arc::clone(&case);
-            move || {
-                let mut last = None;
-                while is_over.recv_timeout(Self::PATIENCE) == Err(RecvTimeoutError::Timeout) {
-                    let now = Some(case.load(Ordering::Relaxed));
-                    if now == last {
-                        eprintln!("hostile driver: case {now:?} does not end: the device waits, or runs in a circle");
-                        std::process::abort();
-                    }
-                    last = now;
-                }
-            }
-        });
-        Self { case, _over: over }
-    }
-
-    fn see(&self, case: u64) {
-        self.case.store(case, Ordering::Relaxed);
     }
 }
 
