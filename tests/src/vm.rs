@@ -20,6 +20,8 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 /// A child process, its standard output and error gathered into one text each as they come.
 #[derive(Debug)]
 pub struct Process {
+    /// What was started, for whom it disappoints.
+    command: String,
     child: Child,
     stdin: Option<ChildStdin>,
     stdout: Gathered,
@@ -52,6 +54,7 @@ impl Process {
         let stdout = Gathered::from(child.stdout.take().expect("piped"));
         let stderr = Gathered::from(child.stderr.take().expect("piped"));
         Self {
+            command: format!("{command:?}"),
             stdin: child.stdin.take(),
             child,
             stdout,
@@ -90,7 +93,8 @@ impl Process {
         self.stdout.wait_for(text).unwrap_or_else(|so_far| {
             let status = self.child.try_wait();
             panic!(
-                "{text:?} never came ({status:?}); stdout:\n{so_far}\nstderr:\n{}",
+                "{text:?} never came ({status:?}) of {}; stdout:\n{so_far}\nstderr:\n{}",
+                self.command,
                 self.stderr.text()
             )
         })
