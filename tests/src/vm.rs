@@ -363,6 +363,26 @@ impl Vm {
         grown as f64 * 1000.0 / (at(&after) - at(&before)) as f64
     }
 
+    /// Pauses the guest for a tenth of a second, again and again, while `busy`. What `busy` tells of has to
+    /// be long enough for one at least.
+    ///
+    /// # Panics
+    /// When a pause is refused, or none fell into it.
+    pub fn pause_while(&self, mut busy: impl FnMut() -> bool) {
+        let mut pauses = 0;
+        while busy() {
+            for (state, time) in [("Paused", 100), ("Resumed", 400)] {
+                let answer = self.ask("PATCH", "/vm", Some(&serde_json::json!({ "state": state }).to_string()));
+                assert_eq!(answer.status, 204, "{}", answer.fault());
+                std::thread::sleep(Duration::from_millis(time));
+            }
+            pauses += 1;
+        }
+        println!("{pauses} pauses");
+        // The last may have come after the end.
+        assert!(pauses > 1, "too short for a pause");
+    }
+
     /// Asks again and again until `true`.
     ///
     /// # Panics

@@ -300,16 +300,7 @@ fn pauses_in_the_middle_of_a_transfer_lose_nothing_of_it() {
             }
             (there, back)
         });
-        let mut pauses = 0;
-        while !transfers.is_finished() {
-            for (state, time) in [("Paused", 100), ("Resumed", 400)] {
-                let answer = vm.ask("PATCH", "/vm", Some(&json!({ "state": state }).to_string()));
-                assert_eq!(answer.status, 204, "{}", answer.fault());
-                std::thread::sleep(Duration::from_millis(time));
-            }
-            pauses += 1;
-        }
-        println!("{pauses} pauses");
+        vm.pause_while(|| !transfers.is_finished());
         let (there, back) = transfers.join().expect("both transfers end");
         let (status, output, stderr) = vm.process.wait();
         assert_eq!(status.code(), Some(0), "{stderr}");

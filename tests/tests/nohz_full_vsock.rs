@@ -4,7 +4,6 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 use tests::bed::Folder;
@@ -121,16 +120,7 @@ fn pauses_in_the_middle_of_a_transfer_lose_nothing_of_it() {
         let (stream, _) = listener.accept().expect("the guest connects");
         (fnv(&sent), fnv(&echo(stream)))
     });
-    let mut pauses = 0;
-    while !transfers.is_finished() {
-        for (state, time) in [("Paused", 100), ("Resumed", 400)] {
-            let answer = vm.ask("PATCH", "/vm", Some(&json!({ "state": state }).to_string()));
-            assert_eq!(answer.status, 204, "{}", answer.fault());
-            std::thread::sleep(Duration::from_millis(time));
-        }
-        pauses += 1;
-    }
-    println!("{pauses} pauses");
+    vm.pause_while(|| !transfers.is_finished());
     let (echoed, sent) = transfers.join().expect("both transfers end");
     let (status, output, stderr) = vm.process.wait();
     assert_eq!(status.code(), Some(0), "{stderr}");
