@@ -98,12 +98,10 @@ impl Typing {
                 return Ok(());
             }
         }
-        std::thread::Builder::new()
-            .name("console".to_owned())
-            .spawn(move || match source {
-                Source::Terminal => pass_keys(self.typed, quit),
-                _ => pass_bytes(self.typed),
-            })?;
+        vmm::thread("console").spawn(move || match source {
+            Source::Terminal => pass_keys(self.typed, quit),
+            _ => pass_bytes(self.typed),
+        })?;
         Ok(())
     }
 }

@@ -98,10 +98,17 @@ impl Server {
         let (open, opened) = mpsc::channel();
         let (serving, serves) = mpsc::channel();
         let (stop, mut stopped) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("api".to_owned()).spawn(move || {
+        let thread = vmm::thread("api").spawn(move || {
             let prepared = HostCpus::read().and_then(|host| {
                 let mut runtime = tokio::runtime::Builder::new_current_thread();
-                Ok((host, runtime.enable_io().enable_time().build()?))
+                Ok((
+                    host,
+                    runtime
+                        .enable_io()
+                        .enable_time()
+                        .thread_stack_size(vmm::STACK)
+                        .build()?,
+                ))
             });
             // Dropped before it was opened.
             let Ok(Opened {

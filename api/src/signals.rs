@@ -63,10 +63,7 @@ pub fn watch(blocked: Blocked, mut on_signal: impl FnMut(c_int) + Send + 'static
             on_signal(signal);
         }
     };
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(wait)
-        .map(drop)
+    vmm::thread("signals").spawn(wait).map(drop)
 }
 
 /// A signal's name.

@@ -30,6 +30,7 @@ pub mod pin;
 mod run_page;
 pub mod setup;
 mod signal;
+mod stack;
 mod stats;
 mod thread;
 
@@ -39,6 +40,7 @@ use accounting::Gtime;
 use accounting::host::HostCpus;
 
 pub use others::confine_others;
+pub use stack::{STACK, thread};
 pub use thread::Vcpu;
 
 /// What a vCPU hands its exits to: the devices, seen through a keyhole. Called on vCPU threads, from several at once.

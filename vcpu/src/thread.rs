@@ -3,7 +3,7 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use accounting::host::{CpuSet, mask, run_on};
 use accounting::vtime::{ExitReason, VtimeWriter};
@@ -66,8 +66,7 @@ impl Vcpu {
                 }
             }
         };
-        let thread = thread::Builder::new()
-            .name(format!("vcpu{index}"))
+        let thread = crate::stack::thread(format!("vcpu{index}"))
             .spawn(body)
             .map_err(|source| VcpuError::Spawn { index, source })?;
         let gone = |_| VcpuError::Spawn {

@@ -66,7 +66,7 @@ pub(crate) fn spawn(
 
     let (tell_end, end) = channel();
     // Nobody waits until it runs: a client waits for the API meanwhile, and requests queue.
-    std::thread::Builder::new().name("vmm".into()).spawn(move || {
+    vcpu::thread("vmm").spawn(move || {
         // The event manager holds its subscribers by Rc, so it is made on its own thread.
         let prepared = run_on(&around.cpus.housekeeping(&CpuSet::new()))
             .and_then(|()| EventManager::new().map_err(io::Error::other));

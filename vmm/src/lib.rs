@@ -63,6 +63,7 @@ pub use devices::virtio::block::BlockError;
 pub use devices::virtio::net::{NetError, TapError};
 pub use devices::virtio::vsock::VsockError;
 pub use end::End;
+pub use vcpu::{STACK, thread};
 
 /// The guest's serial console.
 #[derive(Debug)]

@@ -84,7 +84,10 @@ pub struct Exporter {
 /// The address cannot be listened on, the log not written.
 pub fn export(args: Exporter) -> Result<u8> {
     log::start(&args.log, "exporter")?;
-    process::raise_descriptor_limit();
+    // One a socket is open during a scrape. Where the limit cannot be raised, sockets beyond it fail by themselves.
+    if let Err(error) = crate::descriptors::raise_limit() {
+        tracing::debug!("the limit of open descriptors stays as it is: {error}");
+    }
     process::keep_off_tickless_cpus();
     let listen = || {
         let listener = TcpListener::bind(args.listen)?;

@@ -5,7 +5,7 @@ use std::fs;
 use std::time::SystemTime;
 
 use accounting::host::{CpuSet, HostCpus, run_on};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, getrlimit};
 use rustix::time::ClockId;
 
 use super::page::{one, seconds};
@@ -36,19 +36,6 @@ const START: Family = Family {
     kind: Kind::Gauge,
     help: "When the exporter was started, in seconds since the epoch.",
 };
-
-/// Lets this process open as many descriptors as it may: one a socket is open during a scrape, and the limit that services
-/// start with is 1024. Where it cannot be raised, sockets beyond it fail by themselves.
-pub(super) fn raise_descriptor_limit() {
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: maximum,
-        maximum,
-    };
-    if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        tracing::debug!("the limit of open descriptors stays as it is: {error}");
-    }
-}
 
 /// Keeps this process on the CPUs that do the machine's housekeeping: a scrape on a vCPU's CPU would take its time, and bring
 /// back its tick. Which of the other CPUs have vCPUs pinned to them is not known here.

@@ -1,7 +1,7 @@
 //! The endpoint: `GET /metrics`, and a word at `/` for who finds the port.
 //!
 //! One request a connection, and a connection lives as long as a scrape and its reading take: a client that sends half a
-//! request, or does not read its answer, is cut off, and holds up nobody meanwhile.
+//! request, or does not read its answer, is cut off. Until then it holds one of [`CONNECTIONS`] places.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use super::round::{Busy, Rounds};
 use crate::prometheus;
 
 /// Connections at once; more wait to be accepted.
-const CONNECTIONS: usize = 16;
+const CONNECTIONS: usize = 256;
 
 /// How long a request's head may take.
 const HEAD_TIME: Duration = Duration::from_secs(5);

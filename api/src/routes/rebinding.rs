@@ -1,8 +1,9 @@
 //! DNS rebinding: a page of another site, whose name is then made to mean this host's loopback address, may send requests here and
 //! read the answers, for its browser takes both for one site. What it cannot change is the name in its requests' `Host`.
 //!
-//! So whoever asks over TCP has to ask by an address, or as `localhost`. Over the unix socket no browser asks, and clients send
-//! as `Host` whatever they like.
+//! So whoever asks over TCP has to ask by an address, or as `localhost`. Over the unix socket clients send as `Host` whatever they
+//! like; but a browser may ask there too, by a port that ssh(1) forwards to it. Browsers tell themselves by headers that a page
+//! cannot leave out (Fetch Metadata, and the Origin of Fetch, 3.2), which clients have no reason to send.
 
 use std::net::IpAddr;
 
@@ -17,9 +18,12 @@ use super::Fault;
 pub(crate) struct OverTcp;
 
 /// # Errors
-/// `request` came over TCP, and names another host.
+/// `request` came over TCP, or from a browser, and names another host.
 pub(super) fn check(request: &Request) -> Result<(), Fault> {
-    if request.extensions().get::<OverTcp>().is_none() {
+    let browser = ["origin", "sec-fetch-site"]
+        .iter()
+        .any(|name| request.headers().contains_key(*name));
+    if !browser && request.extensions().get::<OverTcp>().is_none() {
         return Ok(());
     }
     let named = request.headers().get_all(HOST).iter().map(|host| host.as_bytes());
@@ -28,7 +32,7 @@ pub(super) fn check(request: &Request) -> Result<(), Fault> {
     match named.chain(target).find(|host| !is_here(host)) {
         None => Ok(()),
         Some(host) => Err(Fault::new(format!(
-            "The Host is {:?}: over TCP the API answers to an address, and to localhost.",
+            "The Host is {:?}: over TCP, and to a browser, the API answers to an address, and to localhost.",
             String::from_utf8_lossy(host)
         ))),
     }
@@ -82,6 +86,25 @@ mod tests {
             assert_eq!(status("/version", host, false).await, 200, "{host}: not over TCP");
         }
         assert_eq!(status("http://attacker.example/version", "127.0.0.1", true).await, 400);
+    }
+
+    #[tokio::test]
+    async fn a_browser_is_held_to_it_over_the_unix_socket_too() {
+        for header in ["origin", "sec-fetch-site"] {
+            let ask = async |host: &str| {
+                let request = Request::builder()
+                    .uri("/version")
+                    .header(HOST, host)
+                    .header(header, "x");
+                let response = router_in(NotStarted).oneshot(request.body(Body::empty()).unwrap());
+                response.await.unwrap().status().as_u16()
+            };
+            assert_eq!(
+                (ask("attacker.example:8080").await, ask("localhost:8080").await),
+                (400, 200),
+                "{header}"
+            );
+        }
     }
 
     #[test]

@@ -104,7 +104,7 @@ impl Disk {
         let file = Arc::clone(&self.file);
         let (tell, told) = sync_channel(1);
         // The call waits for the disk however long that takes: not on a thread of which others want something.
-        std::thread::Builder::new().name("sync".into()).spawn(move || {
+        vcpu::thread("sync").spawn(move || {
             let result = file.sync_data();
             // First: who hears of it may want the file's lock.
             drop(file);
