@@ -116,10 +116,9 @@ pub fn mask(cpus: &CpuSet) -> io::Result<Mask> {
 
 fn affinity_of_this_thread() -> io::Result<CpuSet> {
     let mask = sched_getaffinity(None)?;
-    Ok((0u32..)
-        .take(Mask::MAX_CPU)
-        .filter(|&cpu| mask.is_set(cpu as usize))
-        .collect())
+    let cpus = (0u32..).filter(|&cpu| mask.is_set(cpu as usize));
+    // Nobody looks on through all that there may be.
+    Ok(cpus.take(mask.count() as usize).collect())
 }
 
 /// Asks for every CPU, looks at what is granted, and goes back to `affinity`: the kernel cuts an affinity to the cpuset. The
