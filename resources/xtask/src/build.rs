@@ -153,6 +153,14 @@ pub fn streams(layout: &Layout) -> Result<PathBuf> {
     program(&messages, "streams")
 }
 
+/// The `chronovisor` program, linked into the bed, and the program of `tests/src/bin` that measures it.
+pub fn measuring(layout: &Layout, name: &str) -> Result<PathBuf> {
+    let bins = ["--package=api", "--package=tests", "--bin=chronovisor", &format!("--bin={name}")];
+    let messages = cargo_build(layout, "release", &bins)?;
+    into_bed(layout, program(&messages, "chronovisor")?)?;
+    program(&messages, name)
+}
+
 /// What takes screenshots, and the `chronovisor` program that they are of, which is linked into the bed.
 pub fn screenshots(layout: &Layout) -> Result<PathBuf> {
     let messages = cargo_build(layout, PROFILE, &["--package=api", "--package=tests", "--bins"])?;

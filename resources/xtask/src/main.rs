@@ -26,6 +26,7 @@ mod quick_start;
 mod rootfs;
 mod screenshots;
 mod setup;
+mod soak;
 mod streams;
 mod testing;
 mod vmlinux;
@@ -94,6 +95,23 @@ enum Task {
     /// Five minutes, on this machine's /dev/kvm. What matters is how long others wait for a reading meanwhile, and that it
     /// costs no memory but what each connection takes: figures for a quiet machine.
     Streams,
+    /// Read, stream and scrape a microVM for twenty minutes: docs/soak.md
+    ///
+    /// On this machine's /dev/kvm. Resident memory shall be flat, no law broken, and the ledger's clock the system's; others
+    /// may use the machine meanwhile.
+    Soak {
+        /// How long it lasts.
+        #[arg(long, default_value_t = 20)]
+        minutes: u64,
+    },
+    /// Start, pause, resume and end two dozen microVMs fifty times over: docs/churn.md
+    ///
+    /// On this machine's /dev/kvm. Descriptors, threads and memory shall be afterwards what they were before.
+    Churn {
+        /// How many times.
+        #[arg(long, default_value_t = 50)]
+        rounds: u64,
+    },
     /// Write resources/openapi.json from the code
     ///
     /// What it says are the routes of api/src/routes/list.rs and the types that they read and write; a test compares it.
@@ -154,6 +172,8 @@ fn run(task: Task) -> Result<u8> {
         Task::Bench => bench::bench(&layout).map(|()| DONE),
         Task::Accuracy => accuracy::accuracy(&layout).map(|()| DONE),
         Task::Streams => streams::streams(&layout).map(|()| DONE),
+        Task::Soak { minutes } => soak::soak(&layout, minutes).map(|()| DONE),
+        Task::Churn { rounds } => soak::churn(&layout, rounds).map(|()| DONE),
         Task::Openapi => openapi::write(&layout).map(|()| DONE),
         Task::Screenshots => screenshots::screenshots(&layout).map(|()| DONE),
         Task::Host(host) => host.run(&layout),
