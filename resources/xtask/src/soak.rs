@@ -160,11 +160,11 @@ pub fn churn(layout: &Layout, rounds: u64) -> Result<()> {
     let mut over = Vec::new();
     let mut text = head("Coming and going", &format!("cargo xtask churn --rounds {rounds}"))?;
     text += "\
-Twenty-four microVMs at a time, each round; what was in use after a first round, which brings into being what is kept, and after\n\
+Twenty-four microVMs at a time, each round; what was in use after first rounds, which bring into being what is kept, and after\n\
 the last. Readings between all steps are held to the laws: one broken would have ended it.\n\n\
 * *pauses*: 24 processes that stay, paused and resumed each round; sums over them.\n\
 * *starts*: 24 processes started, paused, resumed and ended each round; what the host has: open files, threads, KVM's own count of\n\
-  microVMs, mounts, and the kernel's memory that it cannot take back, which others on this host share.\n\
+\x20 microVMs, mounts, and the kernel's memory that it cannot take back, which others on this host share.\n\
 * *in one process*: 24 guests made, resumed, paused, resumed and dropped each round, in the process that is counted.\n\n\
 | what | rounds | readings | in use | first | last |\n|---|---:|---:|---|---:|---:|\n";
     for Churn {
