@@ -6,11 +6,13 @@
 
 pub mod bed;
 pub mod browser;
+pub mod bystander;
 pub mod client;
 pub mod connection;
 pub mod crowd;
 pub mod failure;
 pub mod flat;
+pub mod fleet;
 pub mod interrupts;
 pub mod kernel;
 pub mod over;

@@ -7,7 +7,8 @@ use std::time::Instant;
 use accounting::host::{HostCpus, run_on};
 use accounting::laws;
 use rustix::process::Signal;
-use tests::bed::Folder;
+use tests::bed::{self, Folder};
+use tests::bystander::{self, Bystander, unnoticed};
 use tests::client::request;
 use tests::crowd::{Crowd, Listener, raise_open_files};
 use tests::flat::{Program, elf};
@@ -72,6 +73,24 @@ fn a_thousand_clients_are_all_told_and_a_reading_is_answered_on() {
     while listener.reading().is_some() {}
     assert_eq!(vm.process.wait().0.code(), Some(128 + 15));
     drop(deaf);
+}
+
+#[test]
+fn a_thousand_clients_keep_no_reading_waiting_and_no_vcpu_from_its_cpu() {
+    require_bed!(kvm);
+    let vm = spinning();
+    let mut bystander = Bystander::open(vm.socket()).expect("the API");
+    let gather = || {
+        let crowd = Crowd::gather(vm.socket(), 900, 100).expect("the API");
+        let deaf = |_| Listener::open(vm.socket(), 100).expect("the API");
+        let deaf: Vec<Listener> = (0..100).map(deaf).collect();
+        crowd.wait_for_all(900);
+        (crowd, deaf)
+    };
+    match unnoticed(&mut bystander, bystander::READERS, gather) {
+        Ok(seen) => println!("{seen:?}"),
+        Err(why) => bed::skipped("kvm", &why),
+    }
 }
 
 #[test]
