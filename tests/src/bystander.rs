@@ -133,7 +133,7 @@ impl Bystander {
 /// When it is noticed, or the API does not answer.
 pub fn unnoticed<C>(bystander: &mut Bystander, limits: Limits, mut gather: impl FnMut() -> C) -> Result<Seen, String> {
     const LOOK: Duration = Duration::from_secs(1);
-    const TRIES: usize = 12;
+    const TRIES: usize = 6;
     let mut look = || bystander.look(LOOK, || Ok(())).expect("the API");
     let (mut looks, mut over) = (Vec::new(), 0);
     for _ in 0..TRIES {
