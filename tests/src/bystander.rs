@@ -39,6 +39,8 @@ pub struct Limits {
     pub p99_us: f64,
     /// How much more [`Seen::waiting_share`] may be than without it.
     pub waiting_share: f64,
+    /// And how much less [`Seen::guest_share`].
+    pub guest_share: f64,
 }
 
 /// What a crowd that only reads may do: 5 ms for 99 of 100 readings, and half of what the alert on a vCPU that waits
@@ -46,6 +48,7 @@ pub struct Limits {
 pub const READERS: Limits = Limits {
     p99_us: 5_000.0,
     waiting_share: 0.005,
+    guest_share: 0.01,
 };
 
 impl Limits {
@@ -53,7 +56,10 @@ impl Limits {
     #[must_use]
     pub fn hold(&self, with: &Seen, without: [&Seen; 2]) -> bool {
         let waiting = without[0].waiting_share.max(without[1].waiting_share);
-        with.p99_us <= self.p99_us && with.waiting_share <= waiting + self.waiting_share
+        let guest = without[0].guest_share.min(without[1].guest_share);
+        with.p99_us <= self.p99_us
+            && with.waiting_share <= waiting + self.waiting_share
+            && with.guest_share >= guest - self.guest_share
     }
 
     /// Whether the machine let itself be measured: alone, a tenth of what is allowed is never used up.

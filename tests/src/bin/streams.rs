@@ -5,7 +5,6 @@
 //! with the crowd for so many seconds, then alone again, for a quarter of them each. Prints one line of JSON for each row.
 
 use std::fs;
-use std::path::Path;
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
@@ -16,6 +15,7 @@ use tests::bystander::{Bystander, Seen};
 use tests::crowd::{Crowd, Listener, raise_open_files};
 use tests::flat::Program;
 use tests::fleet::{Fleet, SOCKETS, value};
+use tests::memory::resident_kib;
 use tests::prometheus::Exporter;
 use tests::vm::Vm;
 
@@ -58,7 +58,7 @@ fn listened_to(reading: usize, deaf: usize, interval_ms: u64, lasts: Duration) -
     let (pid, socket) = (vm.process.id(), vm.socket());
     let mut bystander = Bystander::open(socket)?;
     let before = bystander.look(lasts / 4, || Ok(()))?;
-    let alone_kib = resident_kib(pid)?;
+    let alone_kib = resident_kib(pid);
 
     let crowd = Crowd::gather(socket, reading, interval_ms)?;
     let listen = |_| Listener::open(socket, interval_ms);
@@ -66,11 +66,11 @@ fn listened_to(reading: usize, deaf: usize, interval_ms: u64, lasts: Duration) -
     // Until everybody has been told twice, and who does not read is told no more.
     sleep(Duration::from_millis(2 * interval_ms).max(Duration::from_secs(2)));
 
-    let (begun, first_kib) = (Instant::now(), resident_kib(pid)?);
+    let (begun, first_kib) = (Instant::now(), resident_kib(pid));
     let (api_before, bytes) = (api_ns(pid)?, crowd.bytes());
     let mut most_kib = first_kib;
     let with = bystander.look(lasts, || {
-        most_kib = most_kib.max(resident_kib(pid)?);
+        most_kib = most_kib.max(resident_kib(pid));
         Ok(())
     })?;
     let api_share = (api_ns(pid)? - api_before) as f64 / begun.elapsed().as_nanos() as f64;
@@ -147,13 +147,4 @@ fn api_ns(pid: u32) -> Result<u64> {
         }
     }
     anyhow::bail!("process {pid} has no thread named api")
-}
-
-/// What is resident of the process, its guest's memory included, which does not change.
-fn resident_kib(pid: u32) -> Result<u64> {
-    let path = format!("/proc/{pid}/smaps_rollup");
-    let text = fs::read_to_string(Path::new(&path)).with_context(|| path.clone())?;
-    let rss = text.lines().find_map(|line| line.strip_prefix("Rss:"));
-    let kib = rss.and_then(|rss| rss.trim().strip_suffix(" kB"));
-    Ok(kib.with_context(|| format!("no Rss in {path}"))?.parse()?)
 }
