@@ -492,6 +492,52 @@ fn what_follows_from_a_change_follows_though_its_client_has_hung_up() {
 }
 
 #[test]
+fn who_asks_and_hangs_up_makes_no_line_without_end_and_readings_need_no_turn() {
+    const QUEUE: usize = 64;
+    let scratch = Scratch::new();
+    let (asked, asks) = mpsc::channel();
+    let fake = Fake::new(RunState::Running);
+    let listeners = Listeners {
+        unix: Some(socket::bind(&scratch.path("s")).unwrap()),
+        tcp: None,
+        token: None,
+    };
+    let server = Server::spawn().unwrap();
+    let backend = Arc::new(Slow { fake, asked });
+    server.open(listeners, backend, Limits::default(), || {}).unwrap();
+    let body = r#"{"state": "Paused"}"#;
+    let length = body.len();
+    let change = || {
+        let mut client = UnixStream::connect(scratch.path("s")).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        let head = format!("PATCH /vm HTTP/1.1\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
+        client.write_all((head + body).as_bytes()).unwrap();
+        client
+    };
+    // Each hangs up once it is in the line.
+    let mut line = Vec::new();
+    for _ in 0..QUEUE {
+        let client = change();
+        line.push(asks.recv_timeout(PATIENCE).unwrap());
+        drop(client);
+    }
+    let refused = read_all(change());
+    assert!(
+        refused.starts_with("HTTP/1.1 503 ") && refused.contains("64 requests wait for the microVM"),
+        "{refused}"
+    );
+    assert!(asks.try_recv().is_err(), "it was not put into the line");
+    let mut client = Client::with_patience(&scratch.path("s"), PATIENCE).unwrap();
+    client.get("/vcpus").unwrap();
+    let (_, answer) = line.pop().unwrap();
+    answer(Ok(Reply::Done));
+    let client = change();
+    let (_, answer) = asks.recv_timeout(PATIENCE).unwrap();
+    answer(Ok(Reply::Done));
+    assert!(read_all(client).starts_with("HTTP/1.1 204 "));
+}
+
+#[test]
 fn the_loopback_is_served_as_the_socket_is() {
     let tcp = socket::bind_tcp("127.0.0.1:0".parse().unwrap(), Reach::Loopback).unwrap();
     let address = tcp.local_addr().unwrap();

@@ -153,6 +153,13 @@ pub fn streams(layout: &Layout) -> Result<PathBuf> {
     program(&messages, "streams")
 }
 
+/// The `chronovisor` program, linked into the bed, and what floods it.
+pub fn flood(layout: &Layout) -> Result<PathBuf> {
+    let messages = cargo_build(layout, "release", &["--package=api", "--package=tests", "--bins"])?;
+    into_bed(layout, program(&messages, "chronovisor")?)?;
+    program(&messages, "flood")
+}
+
 /// What takes screenshots, and the `chronovisor` program that they are of, which is linked into the bed.
 pub fn screenshots(layout: &Layout) -> Result<PathBuf> {
     let messages = cargo_build(layout, PROFILE, &["--package=api", "--package=tests", "--bins"])?;
