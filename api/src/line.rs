@@ -18,7 +18,7 @@
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -65,6 +65,8 @@ pub(crate) struct Line {
     accepted: Instant,
     standing: Mutex<Standing>,
     away: Notify,
+    /// Whether it has asked something in this turn.
+    asked: AtomicBool,
     /// How many bytes the system shall buffer for it, once; 0 where that is as it should be.
     send_buffer: AtomicUsize,
 }
@@ -94,6 +96,7 @@ impl Line {
                 sent_away: false,
             }),
             away: Notify::new(),
+            asked: AtomicBool::new(false),
             send_buffer: AtomicUsize::new(0),
         })
     }
@@ -126,9 +129,18 @@ impl Line {
         self.away.notified().await;
     }
 
-    /// Its head is there.
-    pub fn asked(&self) {
+    /// It is its turn. To be said whenever its connection is polled.
+    pub fn begin_turn(&self) {
+        self.asked.store(false, Ordering::Relaxed);
+    }
+
+    /// Its head is there. Ends when it is its turn: of many requests that came at once, one is answered before others have theirs.
+    pub async fn asked(&self) {
         self.enter(Stage::Asked);
+        if self.asked.swap(true, Ordering::Relaxed) {
+            tokio::task::yield_now().await;
+            self.asked.store(true, Ordering::Relaxed);
+        }
     }
 
     /// The answer is made.
@@ -328,8 +340,8 @@ mod tests {
         assert_eq!(overdue(&line, async || ()).await, (Stage::Idle, 60));
         line.answers();
         assert_eq!(overdue(&line, async || ()).await, (Stage::Answer, 30));
-        for begin in [Line::asked, |line: &Line| line.becomes_stream(1)] {
-            begin(&line);
+        for stage in [Stage::Asked, Stage::Stream] {
+            line.enter(stage);
             let never = tokio::time::timeout(Duration::from_secs(3600), line.overdue()).await;
             assert!(never.is_err());
             line.answers();
@@ -337,12 +349,29 @@ mod tests {
         assert!(line.is_stream(), "it is, whatever its handler's answer is");
     }
 
+    #[tokio::test]
+    async fn of_many_requests_that_came_at_once_others_have_their_turn_after_each() {
+        let line = Line::new(Peer::Unknown, limits());
+        let mut others = 0;
+        for turns in 0..3 {
+            line.begin_turn();
+            for request in 0..4 {
+                let mut asked = std::pin::pin!(line.asked());
+                let waits =
+                    std::future::poll_fn(|context| Poll::Ready(asked.as_mut().poll(context).is_pending())).await;
+                others += usize::from(waits);
+                assert_eq!(waits, request > 0, "turn {turns}, request {request}");
+            }
+        }
+        assert_eq!(others, 3 * 3);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn an_answer_is_taken_once_it_is_flushed_and_its_line_idle_from_then_on() {
         let (_client, server) = UnixStream::pair().unwrap();
         let line = Line::new(Peer::Unknown, limits());
         let mut socket = line.clone().socket(server);
-        line.asked();
+        line.asked().await;
         socket.flush().await.unwrap();
         assert_eq!(line.merit().0, None, "there was no answer to take");
         tokio::time::advance(Duration::from_secs(100)).await;

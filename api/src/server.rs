@@ -367,7 +367,6 @@ impl Connection {
         let serve = {
             let (router, line) = (TowerToHyperService::new(self.router), line.clone());
             service_fn(move |mut request: Request<Incoming>| {
-                line.asked();
                 if let Some(over_tcp) = &self.over_tcp {
                     request.extensions_mut().insert(over_tcp.clone());
                 }
@@ -376,6 +375,7 @@ impl Connection {
                 }
                 let (answer, line, place) = (router.call(request), line.clone(), place.clone());
                 async move {
+                    line.asked().await;
                     let answer = answer.await;
                     line.answers();
                     if line.is_stream() {
@@ -386,11 +386,16 @@ impl Connection {
             })
         };
         let connection = builder.serve_connection(TokioIo::new(line.clone().socket(io)), serve);
+        let mut connection = std::pin::pin!(self.watcher.watch(connection));
+        let connection = std::future::poll_fn(|context| {
+            line.begin_turn();
+            connection.as_mut().poll(context)
+        });
         // In this order: whether it is overdue depends on what it has just done.
         tokio::select! {
             biased;
             () = line.sent_away() => tracing::debug!("a connection gave up its place for another"),
-            ended = self.watcher.watch(connection) => if let Err(error) = ended {
+            ended = connection => if let Err(error) = ended {
                 tracing::debug!("a connection ended early: {error}");
             },
             stage = line.overdue() => tracing::debug!("a connection was closed: it was too long in stage {stage:?}"),

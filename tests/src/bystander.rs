@@ -167,5 +167,11 @@ pub fn unnoticed<C>(bystander: &mut Bystander, limits: Limits, mut gather: impl 
             "noticed three times on a quiet machine, {limits:?}: {looks:#?}"
         );
     }
-    Err(format!("the machine was never quiet: {looks:?}"))
+    println!("{looks:#?}");
+    let alone = || looks.iter().flat_map(|[before, _, after]| [before, after]);
+    let waited = alone().map(|seen| seen.waiting_share * 100.0).fold(0.0, f64::max);
+    let p99_us = alone().map(|seen| seen.p99_us).fold(0.0, f64::max);
+    Err(format!(
+        "the machine was never quiet: alone the vCPU waited for its CPU for {waited:.0} % of a look, and a reading took {p99_us:.0} us"
+    ))
 }

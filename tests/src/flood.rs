@@ -78,20 +78,25 @@ const ASKED: &str = "CHRONOVISOR_FLOOD";
 pub fn flood_if_asked() -> bool {
     let Ok(asked) = std::env::var(ASKED) else { return false };
     let (connections, socket) = asked.split_once(' ').expect("as it is started");
-    let connections = connections.parse().expect("as it is started");
+    let connections: usize = connections.parse().expect("as it is started");
     crate::crowd::raise_open_files(connections as u64 + 100).expect("as many files as connections");
     let over = std::thread::spawn(|| io::stdin().read_to_end(&mut Vec::new()));
     let mut clients: Vec<Client> = (0..connections).map(Client::new).collect();
-    let (mut begun, mut made) = (false, 0);
+    let (mut begun, mut made, mut first) = (false, 0, 0);
     while !over.is_finished() {
-        let mut room = true;
-        for client in &mut clients {
-            if client.stream.is_none() && room {
-                room = client.connect(Path::new(socket));
-                made += u64::from(room);
+        // From where there was no room left in the last pass: all have their turn.
+        let (mut full, (behind, ahead)) = (None, clients.split_at_mut(first));
+        for (n, client) in ahead.iter_mut().chain(behind).enumerate() {
+            if client.stream.is_none() && full.is_none() {
+                if client.connect(Path::new(socket)) {
+                    made += 1;
+                } else {
+                    full = Some(n);
+                }
             }
             client.go_on();
         }
+        first = (first + full.unwrap_or(0)) % connections;
         if !begun && clients.iter().all(|client| client.ever) {
             begun = true;
             println!("flooding");
