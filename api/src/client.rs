@@ -7,6 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
 /// Longest wait for an answer.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -23,6 +25,17 @@ pub enum ClientError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// Nobody takes new connections.
+    #[error(
+        "{path}: the microVM takes no connections: as many as may wait have waited for {} s; is its process stopped?",
+        patience.as_secs_f32()
+    )]
+    Full {
+        /// The socket.
+        path: PathBuf,
+        /// How long was waited.
+        patience: Duration,
     },
     /// No answer came in time.
     #[error("GET {path} was not answered in {} s: is the microVM's process stopped?", PATIENCE.as_secs())]
@@ -60,17 +73,23 @@ impl Client {
         Self::with_patience(path, PATIENCE)
     }
 
-    /// As [`Client::connect`]; no answer is waited for longer than `patience`.
+    /// As [`Client::connect`]; neither to be connected nor for an answer is waited longer than `patience`.
     pub(crate) fn with_patience(path: &Path, patience: Duration) -> Result<Self, ClientError> {
         let open = || {
-            let stream = UnixStream::connect(path)?;
-            stream.set_read_timeout(Some(patience))?;
+            let address = SocketAddrUnix::new(path)?;
+            let flags = SocketFlags::CLOEXEC;
+            let stream = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            // It bounds connect(2) too, where the listener's line is full (Linux net/unix/af_unix.c, unix_stream_connect).
+            let stream = UnixStream::from(stream);
             stream.set_write_timeout(Some(patience))?;
+            stream.set_read_timeout(Some(patience))?;
+            rustix::net::connect(&stream, &address)?;
             Ok(stream)
         };
-        let stream = open().map_err(|source| ClientError::Connect {
-            path: path.to_owned(),
-            source,
+        let path = path.to_owned();
+        let stream = open().map_err(|source: io::Error| match source.kind() {
+            io::ErrorKind::WouldBlock => ClientError::Full { path, patience },
+            _ => ClientError::Connect { path, source },
         })?;
         Ok(Self {
             stream: BufReader::new(stream),
@@ -136,4 +155,31 @@ fn status(line: &str) -> io::Result<u16> {
 
 fn malformed(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scratch::Scratch;
+
+    #[test]
+    fn a_microvm_that_takes_no_connections_is_given_up_and_told_from_one_that_is_not_there() {
+        let scratch = Scratch::new();
+        let path = scratch.path("s");
+        let patience = Duration::from_millis(50);
+        let nobody = Client::with_patience(&path, patience).unwrap_err();
+        assert!(matches!(nobody, ClientError::Connect { .. }), "{nobody}");
+        // As when its process is stopped: the system connects who comes until the line is full.
+        let listener = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        let line: Vec<_> = (0..2).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        let full = Client::with_patience(&path, patience).unwrap_err();
+        assert!(matches!(full, ClientError::Full { .. }), "{full}");
+        assert!(
+            full.to_string().contains("waited for 0.05 s; is its process stopped?"),
+            "{full}"
+        );
+        drop(line);
+    }
 }

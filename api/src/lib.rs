@@ -19,6 +19,7 @@ mod heap;
 mod host;
 mod line;
 mod log;
+mod places;
 pub mod prometheus;
 pub mod routes;
 mod run;
@@ -29,6 +30,7 @@ mod signals;
 mod socket;
 mod step;
 mod times;
+pub mod token;
 mod top;
 
 use std::io;

@@ -3,7 +3,6 @@
 //! The order matters, so that a failure leaves nothing behind: signals are blocked before there is any thread; sockets are
 //! bound before the guest starts, as their errors are the user's to fix; the terminal is made raw once the guest runs.
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -16,21 +15,22 @@ use vmm::log::LogSink;
 use vmm::mmds::data::DEFAULT_LIMIT_BYTES;
 use vmm::{Action, ActionError, End, Options, Reply, Unstarted, VmmHandle};
 
-use crate::cli::{Run, Serve, StartTimes};
+use crate::cli::{Run, Serve, StartTimes, Tcp};
 use crate::console::{self, Typing};
 use crate::ending::{Asked, Deed, Ending};
 use crate::exit::{self, OnReboot};
 use crate::routes::Limits;
 use crate::server::{Listeners, Server};
-use crate::socket;
+use crate::socket::{self, Reach};
 use crate::step::Step;
+use crate::token::Token;
 use crate::{config_file, descriptors, heap, log, signals};
 
 /// What both modes come down to.
 struct Plan {
     id: String,
     unix: Option<PathBuf>,
-    tcp: Option<SocketAddr>,
+    tcp: Tcp,
     limits: Limits,
     configure: Configure,
     gtime_source: GtimeSource,
@@ -88,7 +88,7 @@ pub fn run(args: Run) -> Result<u8> {
     launch(Plan {
         id: args.id,
         unix: args.api_sock,
-        tcp: args.api_listen,
+        tcp: args.tcp,
         limits: Limits::default(),
         configure: Configure::AndStart(steps),
         gtime_source: args.gtime.source,
@@ -129,7 +129,7 @@ pub fn serve(args: Serve) -> Result<u8> {
     launch(Plan {
         id: args.id,
         unix: (!args.no_api).then_some(args.api_sock),
-        tcp: args.api_listen,
+        tcp: args.tcp,
         limits: Limits {
             body_bytes: args.http_api_max_payload_size,
             ..Limits::default()
@@ -169,7 +169,7 @@ fn by_flag(error: &ActionError) -> String {
 
 fn launch(plan: Plan) -> Result<u8> {
     let blocked = signals::block().context("the signals that end it cannot be blocked")?;
-    let served = plan.unix.is_some() || plan.tcp.is_some();
+    let served = plan.unix.is_some() || plan.tcp.api_listen.is_some();
     let server = served
         .then(Server::spawn)
         .transpose()
@@ -178,7 +178,18 @@ fn launch(plan: Plan) -> Result<u8> {
         tracing::warn!("the limit on open files stays what it is: {error}; a guest may run out of connections");
     }
     let unix = plan.unix.as_deref().map(socket::bind).transpose()?;
-    let tcp = plan.tcp.map(socket::bind_tcp).transpose()?;
+    let token = plan.tcp.api_token_file.as_deref().map(Token::read).transpose()?;
+    // Only with a token, as the command line has it.
+    let reach = if plan.tcp.api_listen_anywhere && token.is_some() {
+        Reach::Anywhere
+    } else {
+        Reach::Loopback
+    };
+    let tcp = plan
+        .tcp
+        .api_listen
+        .map(|address| socket::bind_tcp(address, reach))
+        .transpose()?;
     let (typing, console) = console::open().context("the guest's console cannot be opened")?;
     let options = Options {
         id: plan.id,
@@ -200,7 +211,7 @@ fn launch(plan: Plan) -> Result<u8> {
         Configure::Only(steps) => (steps, false),
     };
     let held = if let Some(server) = &server {
-        let (listeners, backend) = (Listeners { unix, tcp }, Arc::new(handle.clone()));
+        let (listeners, backend) = (Listeners { unix, tcp, token }, Arc::new(handle.clone()));
         let session = session.clone();
         let started = move || session.open_console();
         let opened = if start || !steps.is_empty() {

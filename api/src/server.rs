@@ -1,7 +1,9 @@
 //! The API's thread: one current-thread runtime that accepts, serves and ends connections.
 //!
-//! Promises: kept off the vCPUs' CPUs; a client that sends half a request, or never reads its answer, delays nobody else; streams
-//! do not take the places of requests; dropping the [`Server`] takes no longer than [`Limits::linger`], whatever clients do.
+//! Promises: kept off the vCPUs' CPUs; a client that sends half a request, or never reads its answer, delays nobody else, and is sent away
+//! in time (`line`); accepting waits for nobody, and who comes next has a place at once (`places`); streams do not take the places
+//! of requests; what all connections together may hold is bounded ([`CONNECTIONS`] of [`HEAD_BYTES`], a body and an answer each);
+//! dropping the [`Server`] takes no longer than [`Limits::linger`], whatever clients do.
 
 use std::io;
 use std::net::TcpListener;
@@ -16,26 +18,27 @@ use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::oneshot;
 use vmm::unix_socket::Listening;
 
 use crate::backend::Backend;
 use crate::line::Line;
-use crate::routes::{self, Limits, Shared};
+use crate::places::{Peer, Place, Places};
+use crate::routes::{self, Limits, OverTcp, Shared};
+use crate::token::Token;
 
-/// Connections served at once, streams not counted; one more is told so and closed.
+/// Connections served at once, streams not counted.
 const CONNECTIONS: usize = 128;
 
-/// How long one more waits for a place. When many clients come at once to listen to a stream, each has a place until its
-/// request has been read.
-const PLACE_TIME: Duration = Duration::from_millis(50);
+/// Connections accepted before those that are there have their turn: a request waits for no more than these, some hundred microseconds.
+const ACCEPTED_AT_ONCE: usize = 16;
 
-/// How long a connection may take over a request's head, and how long it may stay idle between two requests.
-const HEAD_TIME: Duration = Duration::from_secs(60);
+/// The longest head, in bytes; and what is read ahead of what is needed.
+const HEAD_BYTES: usize = 16 << 10;
 
 /// What to listen on; both non-blocking.
 #[derive(Debug, Default)]
@@ -44,6 +47,8 @@ pub struct Listeners {
     pub unix: Option<Listening>,
     /// `--api-listen`.
     pub tcp: Option<TcpListener>,
+    /// `--api-token-file`: what who asks over TCP has to bring.
+    pub token: Option<Token>,
 }
 
 /// The server. It serves once it is opened, or [held](Server::hold) and let go; dropping it stops it: nothing more is accepted, requests under way may finish.
@@ -127,9 +132,9 @@ impl Server {
                 let in_unix = |unix: Listening| unix.try_map(tokio::net::UnixListener::from_std);
                 let unix = listeners.unix.map(in_unix).transpose()?;
                 let tcp = listeners.tcp.map(tokio::net::TcpListener::from_std).transpose()?;
-                Ok((runtime, unix, tcp))
+                Ok((runtime, unix, tcp, listeners.token))
             });
-            let (runtime, unix, tcp) = match listening {
+            let (runtime, unix, tcp, token) = match listening {
                 Ok(listening) => listening,
                 Err(error) => return drop(serving.send(Err(error))),
             };
@@ -145,7 +150,7 @@ impl Server {
                 if let Some(host) = cpus.get() {
                     keep_off_vcpus(host, &*backend);
                 }
-                accept(unix, tcp, service, stopped).await;
+                accept(unix, tcp, token, service, stopped).await;
             });
             runtime.shutdown_background();
         })?;
@@ -262,17 +267,26 @@ fn keep_off_vcpus(host: &HostCpus, backend: &dyn Backend) {
 async fn accept(
     unix: Option<Listening<tokio::net::UnixListener>>,
     tcp: Option<tokio::net::TcpListener>,
+    token: Option<Token>,
     service: Surface,
     mut stop: oneshot::Receiver<()>,
 ) {
     let graceful = GracefulShutdown::new();
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
-    let serve = |place, over_tcp| Connection {
-        router: service.router.clone(),
-        watcher: graceful.watcher(),
-        place,
-        over_tcp,
+    let places = Places::new(CONNECTIONS);
+    let serve = |peer, over_tcp| {
+        let line = Line::new(peer, service.limits);
+        Connection {
+            router: service.router.clone(),
+            watcher: graceful.watcher(),
+            place: places.enter(&line),
+            line,
+            over_tcp,
+        }
     };
+    let over_tcp = OverTcp {
+        token: token.map(Arc::new),
+    };
+    let mut at_once = 0;
     loop {
         let accepted = tokio::select! {
             accepted = next_unix(unix.as_ref().map(Listening::listener)) => accepted.map(Accepted::Unix),
@@ -280,13 +294,18 @@ async fn accept(
             _ = &mut stop => break,
         };
         match accepted {
-            Ok(Accepted::Unix(io)) => drop(tokio::spawn(serve(place(&room).await, false).run(io))),
-            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(place(&room).await, true).run(io))),
+            Ok(Accepted::Unix(io)) => drop(tokio::spawn(serve(peer(&io), None).run(io))),
+            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(Peer::Unknown, Some(over_tcp.clone())).run(io))),
             Err(error) => {
                 // Out of descriptors, as a rule: give connections the time to end.
                 tracing::warn!("a connection could not be accepted: {error}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
+        }
+        at_once += 1;
+        if at_once == ACCEPTED_AT_ONCE {
+            at_once = 0;
+            tokio::task::yield_now().await;
         }
     }
     // Before anybody is waited for, so that another microVM may take the path.
@@ -305,12 +324,11 @@ enum Accepted {
     Tcp(tokio::net::TcpStream),
 }
 
-/// A place for a connection; `None` where there is none, and none becomes free in time.
-async fn place(room: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
-    tokio::time::timeout(PLACE_TIME, room.clone().acquire_owned())
-        .await
-        .ok()?
-        .ok()
+/// Who has connected.
+fn peer(stream: &tokio::net::UnixStream) -> Peer {
+    let process = stream.peer_cred().ok().and_then(|peer| peer.pid());
+    // 0 is one of another PID namespace.
+    process.filter(|&pid| pid > 0).map_or(Peer::Unknown, Peer::Process)
 }
 
 async fn next_unix(listener: Option<&tokio::net::UnixListener>) -> io::Result<tokio::net::UnixStream> {
@@ -334,38 +352,53 @@ async fn next_tcp(listener: Option<&tokio::net::TcpListener>) -> io::Result<toki
 struct Connection {
     router: Router,
     watcher: Watcher,
-    place: Option<OwnedSemaphorePermit>,
-    over_tcp: bool,
+    place: Place,
+    line: Arc<Line>,
+    /// Where it is.
+    over_tcp: Option<OverTcp>,
 }
 
 impl Connection {
-    async fn run(self, mut io: impl AsyncRead + AsyncWrite + AsFd + Unpin + Send + 'static) {
-        let Some(place) = self.place else {
-            let body = r#"{"fault_message":"Too many open connections."}"#;
-            let head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n";
-            let response = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
-            // Fits in any socket buffer; a client that is gone needs no answer.
-            let _ = io.write_all(response.as_bytes()).await;
-            return;
-        };
-        let line = Line::new(place);
+    async fn run(self, io: impl AsyncRead + AsyncWrite + AsFd + Unpin + Send + 'static) {
+        let (line, place) = (self.line, Arc::new(self.place));
         let mut builder = http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME);
+        // A head that is larger is answered 431, by hyper.
+        builder.max_buf_size(HEAD_BYTES).header_read_timeout(None);
         let serve = {
             let (router, line) = (TowerToHyperService::new(self.router), line.clone());
             service_fn(move |mut request: Request<Incoming>| {
-                if self.over_tcp {
-                    request.extensions_mut().insert(routes::OverTcp);
+                if let Some(over_tcp) = &self.over_tcp {
+                    request.extensions_mut().insert(over_tcp.clone());
                 }
                 if routes::plain(request.uri()).path() == routes::STREAM {
                     request.extensions_mut().insert(line.clone());
                 }
-                router.call(request)
+                let (answer, line, place) = (router.call(request), line.clone(), place.clone());
+                async move {
+                    line.asked().await;
+                    let answer = answer.await;
+                    line.answers();
+                    if line.is_stream() {
+                        place.leave();
+                    }
+                    answer
+                }
             })
         };
-        let connection = builder.serve_connection(TokioIo::new(line.socket(io)), serve);
-        if let Err(error) = self.watcher.watch(connection).await {
-            tracing::debug!("a connection ended early: {error}");
+        let connection = builder.serve_connection(TokioIo::new(line.clone().socket(io)), serve);
+        let mut connection = std::pin::pin!(self.watcher.watch(connection));
+        let connection = std::future::poll_fn(|context| {
+            line.begin_turn();
+            connection.as_mut().poll(context)
+        });
+        // In this order: whether it is overdue depends on what it has just done.
+        tokio::select! {
+            biased;
+            () = line.sent_away() => tracing::debug!("a connection gave up its place for another"),
+            ended = connection => if let Err(error) = ended {
+                tracing::debug!("a connection ended early: {error}");
+            },
+            stage = line.overdue() => tracing::debug!("a connection was closed: it was too long in stage {stage:?}"),
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The API's sockets: a unix socket only its owner may open, and a TCP one on the loopback when asked for.
+//! The API's sockets: a unix socket only its owner may open, and a TCP one when asked for: on the loopback, unless it is asked for
+//! elsewhere in so many words, and with a token ([`Reach`]).
 //!
 //! The unix socket's file has mode 0600 from the instant it exists, and replaces none (`vmm::unix_socket`): the error says what is
 //! there, and what to do.
@@ -50,7 +51,7 @@ pub enum SocketError {
     },
     /// An address that other hosts can reach.
     #[error(
-        "--api-listen {0}: the API has no authentication, so only loopback addresses are allowed: 127.0.0.1:PORT or [::1]:PORT"
+        "--api-listen {0}: other hosts can reach that address, and change the microVM: give 127.0.0.1:PORT or [::1]:PORT, and bring it elsewhere by ssh -L; or --api-listen-anywhere, with --api-token-file"
     )]
     NotLoopback(SocketAddr),
     /// TCP said no.
@@ -83,12 +84,21 @@ fn in_words(path: &Path, refusal: Refusal) -> SocketError {
     }
 }
 
-/// Listens on a loopback address, non-blocking.
+/// From where the API may be reached by TCP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// This host.
+    Loopback,
+    /// Any: whoever asks for it has seen to it that there is a token.
+    Anywhere,
+}
+
+/// Listens on an address, non-blocking.
 ///
 /// # Errors
 /// See [`SocketError`].
-pub fn bind_tcp(address: SocketAddr) -> Result<TcpListener, SocketError> {
-    if !address.ip().is_loopback() {
+pub fn bind_tcp(address: SocketAddr, reach: Reach) -> Result<TcpListener, SocketError> {
+    if reach == Reach::Loopback && !address.ip().is_loopback() {
         return Err(SocketError::NotLoopback(address));
     }
     let listener = TcpListener::bind(address).map_err(|source| SocketError::Tcp { address, source })?;
@@ -143,15 +153,37 @@ mod tests {
     }
 
     #[test]
-    fn tcp_is_for_the_loopback_only() {
-        for address in ["0.0.0.0:0", "[::]:0", "192.0.2.1:80"] {
+    fn a_symbolic_link_is_followed_nowhere() {
+        let scratch = Scratch::new();
+        let target = scratch.path("target");
+        std::os::unix::fs::symlink(&target, scratch.path("dangling")).unwrap();
+        let _listener = UnixListener::bind(scratch.path("socket")).unwrap();
+        std::os::unix::fs::symlink(scratch.path("socket"), scratch.path("to-socket")).unwrap();
+        for name in ["dangling", "to-socket"] {
+            let refused = bind(&scratch.path(name)).unwrap_err();
+            assert!(matches!(refused, SocketError::NotASocket(_)), "{name}: {refused}");
+            assert!(scratch.path(name).is_symlink(), "{name} is left as it was");
+        }
+        assert!(!target.exists());
+    }
+
+    #[test]
+    fn tcp_is_for_the_loopback_unless_it_is_for_anywhere() {
+        let loopback = |address: &str| bind_tcp(address.parse().unwrap(), Reach::Loopback);
+        for address in ["0.0.0.0:0", "[::]:0", "192.0.2.1:80", "[::ffff:127.0.0.1]:0"] {
+            let refused = loopback(address).unwrap_err();
+            assert!(matches!(refused, SocketError::NotLoopback(_)), "{address}");
             assert!(
-                matches!(bind_tcp(address.parse().unwrap()), Err(SocketError::NotLoopback(_))),
-                "{address}"
+                refused
+                    .to_string()
+                    .contains("--api-listen-anywhere, with --api-token-file")
             );
         }
-        let first = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
-        let taken = bind_tcp(first.local_addr().unwrap()).unwrap_err().to_string();
+        let first = loopback("127.0.0.1:0").unwrap();
+        let taken = loopback(&first.local_addr().unwrap().to_string())
+            .unwrap_err()
+            .to_string();
         assert!(taken.starts_with("--api-listen 127.0.0.1:"), "{taken}");
+        assert!(bind_tcp("0.0.0.0:0".parse().unwrap(), Reach::Anywhere).is_ok());
     }
 }

@@ -5,6 +5,8 @@ use std::fs;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use crate::memory::resident_kib;
+
 /// What a process has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
@@ -21,17 +23,18 @@ impl Footprint {
     ///
     /// # Errors
     /// It is gone.
+    ///
+    /// # Panics
+    /// Likewise.
     pub fn of(pid: u32) -> Result<Self> {
         let count = |what| -> Result<usize> {
             let folder = format!("/proc/{pid}/{what}");
             Ok(fs::read_dir(&folder).with_context(|| folder.clone())?.count())
         };
-        let path = format!("/proc/{pid}/smaps_rollup");
-        let text = fs::read_to_string(&path).with_context(|| path.clone())?;
         Ok(Self {
             descriptors: count("fd")?,
             threads: count("task")?,
-            resident_kib: kib(&text, "Rss:").with_context(|| format!("no Rss in {path}"))?,
+            resident_kib: resident_kib(pid),
         })
     }
 

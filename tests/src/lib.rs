@@ -6,15 +6,19 @@
 
 pub mod bed;
 pub mod browser;
+pub mod bystander;
 pub mod churn;
 pub mod client;
 pub mod connection;
 pub mod crowd;
 pub mod failure;
 pub mod flat;
+pub mod fleet;
+pub mod flood;
 pub mod footprint;
 pub mod interrupts;
 pub mod kernel;
+pub mod memory;
 pub mod over;
 pub mod prometheus;
 pub mod python;

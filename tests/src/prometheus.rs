@@ -219,9 +219,18 @@ impl Exporter {
     /// When it is not answered.
     #[must_use]
     pub fn page(&self, headers: &str) -> String {
-        let answer = get(self.address, "/metrics", headers).expect("an answer");
-        let (head, page) = answer.split_once("\r\n\r\n").expect("HTTP");
-        assert!(head.starts_with("HTTP/1.0 200 "), "{head}");
-        page.to_owned()
+        page(self.address, headers)
     }
+}
+
+/// The page of the exporter at `address`. `headers` are whole lines.
+///
+/// # Panics
+/// When it is not answered.
+#[must_use]
+pub fn page(address: SocketAddr, headers: &str) -> String {
+    let answer = get(address, "/metrics", headers).expect("an answer");
+    let (head, page) = answer.split_once("\r\n\r\n").expect("HTTP");
+    assert!(head.starts_with("HTTP/1.0 200 "), "{head}");
+    page.to_owned()
 }

@@ -7,10 +7,12 @@ use std::time::Instant;
 use accounting::host::{HostCpus, run_on};
 use accounting::laws;
 use rustix::process::Signal;
-use tests::bed::Folder;
+use tests::bed::{self, Folder};
+use tests::bystander::{self, Bystander, unnoticed};
 use tests::client::request;
 use tests::crowd::{Crowd, Listener, raise_open_files};
 use tests::flat::{Program, elf};
+use tests::memory::resident_kib;
 use tests::require_bed;
 use tests::vm::{PATIENCE, Process, Vm};
 
@@ -21,15 +23,6 @@ fn spinning() -> Vm {
     let own = [vm.reading().host_cpu.cpu].into_iter().collect();
     run_on(&HostCpus::read().expect("sysfs").housekeeping(&own)).expect("a CPU beside the guest's");
     vm
-}
-
-/// What of the process is resident, in KiB; its guest's memory included, which does not change.
-fn resident_kib(vm: &Vm) -> u64 {
-    let path = format!("/proc/{}/smaps_rollup", vm.process.id());
-    let rollup = std::fs::read_to_string(&path).expect("procfs");
-    let rss = rollup.lines().find_map(|line| line.strip_prefix("Rss:"));
-    let kib = rss.and_then(|rss| rss.trim().strip_suffix(" kB")?.parse().ok());
-    kib.unwrap_or_else(|| panic!("no Rss in {rollup}"))
 }
 
 /// The host CPU that the process's thread of that name was last on.
@@ -75,6 +68,24 @@ fn a_thousand_clients_are_all_told_and_a_reading_is_answered_on() {
 }
 
 #[test]
+fn a_thousand_clients_keep_no_reading_waiting_and_no_vcpu_from_its_cpu() {
+    require_bed!(kvm);
+    let vm = spinning();
+    let mut bystander = Bystander::open(vm.socket()).expect("the API");
+    let gather = || {
+        let crowd = Crowd::gather(vm.socket(), 900, 100).expect("the API");
+        let deaf = |_| Listener::open(vm.socket(), 100).expect("the API");
+        let deaf: Vec<Listener> = (0..100).map(deaf).collect();
+        crowd.wait_for_all(900);
+        (crowd, deaf)
+    };
+    match unnoticed(&mut bystander, bystander::READERS, gather) {
+        Ok(seen) => println!("{seen:?}"),
+        Err(why) => bed::skipped("kvm", &why),
+    }
+}
+
+#[test]
 fn a_client_that_never_reads_costs_its_connection_and_no_more_as_time_passes() {
     require_bed!(kvm);
     let vm = spinning();
@@ -85,10 +96,10 @@ fn a_client_that_never_reads_costs_its_connection_and_no_more_as_time_passes() {
     // Some 100 KB: many times what a stream's socket holds. From now on each has readings waiting.
     told(100);
     let unread = || deaf.iter().map(Listener::waiting_bytes).sum::<u64>();
-    let (kib, bytes) = (resident_kib(&vm), unread());
+    let (kib, bytes) = (resident_kib(vm.process.id()), unread());
     told(500);
     // A reading kept for each would be a megabyte for each time that they were told.
-    let grown = resident_kib(&vm).saturating_sub(kib);
+    let grown = resident_kib(vm.process.id()).saturating_sub(kib);
     println!(
         "{kib} KiB, {grown} KiB more after 500 readings; {} bytes wait for each",
         bytes / 1000

@@ -73,9 +73,9 @@ pub struct Serve {
     /// Unix socket to serve the API on; made with mode 0600, must not exist
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     pub api_sock: PathBuf,
-    /// Also serve the API on this loopback address; any user of this host can reach it
-    #[arg(long, value_name = "ADDR:PORT", conflicts_with = "no_api")]
-    pub api_listen: Option<SocketAddr>,
+    /// And on TCP.
+    #[command(flatten)]
+    pub tcp: Tcp,
     /// Name of the microVM: 1 to 64 letters, digits and hyphens
     #[arg(long, default_value = DEFAULT_ID, value_parser = id)]
     pub id: String,
@@ -83,7 +83,7 @@ pub struct Serve {
     #[arg(long, value_name = "FILE")]
     pub config_file: Option<PathBuf>,
     /// Serve no API; needs --config-file
-    #[arg(long, requires = "config_file")]
+    #[arg(long, requires = "config_file", conflicts_with = "api_listen")]
     pub no_api: bool,
     /// Largest body of an API request, in bytes
     #[arg(long, value_name = "BYTES", default_value_t = 51_200)]
@@ -112,6 +112,20 @@ pub struct Serve {
     /// Firecracker's flags without effect here.
     #[command(flatten)]
     pub ignored: Ignored,
+}
+
+/// The API on TCP.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Tcp {
+    /// Also serve the API on this loopback address; any user of this host can reach it, unless there is a token
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub api_listen: Option<SocketAddr>,
+    /// Have who asks over TCP bring the token in this file (Authorization: Bearer TOKEN); it must be this user's, with mode 0600
+    #[arg(long, value_name = "FILE", requires = "api_listen")]
+    pub api_token_file: Option<PathBuf>,
+    /// Let --api-listen be any address. Nothing is encrypted: who listens on the way has the token
+    #[arg(long, requires_all = ["api_listen", "api_token_file"])]
+    pub api_listen_anywhere: bool,
 }
 
 /// Flags of Firecracker that are accepted for its clients' sake.
@@ -212,9 +226,9 @@ pub struct Run {
     /// Serve the API on this unix socket; made with mode 0600, must not exist
     #[arg(long, value_name = "PATH")]
     pub api_sock: Option<PathBuf>,
-    /// Serve the API on this loopback address; any user of this host can reach it
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub api_listen: Option<SocketAddr>,
+    /// And on TCP.
+    #[command(flatten)]
+    pub tcp: Tcp,
     /// Name of the microVM: 1 to 64 letters, digits and hyphens
     #[arg(long, default_value = DEFAULT_ID, value_parser = id)]
     pub id: String,

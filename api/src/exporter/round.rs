@@ -158,10 +158,11 @@ async fn ask_all(sockets: Vec<PathBuf>, deadline: Instant) -> Vec<Asked<Metrics>
     asked.into_iter().flatten().collect()
 }
 
-/// A path as a label. One that is not UTF-8, or has control characters, is escaped, so that two such paths stay apart.
+/// A path as a label. One that is not UTF-8, or has control characters or backslashes, is escaped, byte by byte. Two paths have two labels:
+/// what is escaped has a backslash in it, and what is not has none.
 fn label(path: &Path) -> String {
     match path.to_str() {
-        Some(path) if !path.contains(char::is_control) => path.to_owned(),
+        Some(path) if !path.contains(|c: char| c.is_control() || c == '\\') => path.to_owned(),
         _ => path.as_os_str().as_encoded_bytes().escape_ascii().to_string(),
     }
 }
@@ -177,9 +178,12 @@ mod tests {
     fn paths_that_are_no_text_stay_apart_and_others_stay_as_they_are() {
         let of = |bytes: &[u8]| label(Path::new(OsStr::from_bytes(bytes)));
         assert_eq!(of("/run/ä \"b\".socket".as_bytes()), "/run/ä \"b\".socket");
-        assert_eq!(
-            [of(b"/a\xfe"), of(b"/a\xff"), of(b"/a\n")],
-            ["/a\\xfe", "/a\\xff", "/a\\n"]
-        );
+        let odd: [&[u8]; 7] = [
+            b"/a\xfe", b"/a\xff", b"/a\n", b"/a\\xfe", b"/a\\n", b"/a\\\n", b"/a\\\\n",
+        ];
+        let labels = odd.map(of);
+        assert_eq!(labels[..4], ["/a\\xfe", "/a\\xff", "/a\\n", "/a\\\\xfe"]);
+        let apart: std::collections::BTreeSet<_> = labels.iter().collect();
+        assert_eq!(apart.len(), odd.len(), "{labels:?}");
     }
 }

@@ -4,7 +4,8 @@
 //! words, is here: on the wire only. Its words come first, whole, as its 1.14 has them (the Display of its errors, from
 //! `VmmActionError` down); what there is to do about it, which is ours, follows.
 
-use axum::http::{Method, StatusCode};
+use axum::http::header::WWW_AUTHENTICATE;
+use axum::http::{HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use rustix::io::Errno;
 use serde::Serialize;
@@ -36,6 +37,14 @@ impl Fault {
     pub fn too_many(message: impl Into<String>) -> Self {
         Self {
             status: StatusCode::SERVICE_UNAVAILABLE,
+            message: message.into(),
+        }
+    }
+
+    /// 401: who asks has to bring a token.
+    pub fn unauthorized(message: impl Into<String>) -> Self {
+        Self {
+            status: StatusCode::UNAUTHORIZED,
             message: message.into(),
         }
     }
@@ -253,6 +262,11 @@ impl IntoResponse for Fault {
         })
         .into_response();
         *response.status_mut() = self.status;
+        if self.status == StatusCode::UNAUTHORIZED {
+            // RFC 9110, 11.6.1; RFC 6750, 3.
+            let challenge = HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+        }
         response.extensions_mut().insert(self);
         response
     }

@@ -1,13 +1,14 @@
 //! The REST surface: Firecracker's paths with its status codes and bodies, and ours beside them.
 //!
 //! Promises: 200 with JSON, 204 on a change of state, 400 with `{"fault_message": "..."}` on every refusal (413 where the metadata
-//! would be too large), unknown paths and methods included. A slash after a path is as none. JSON is accepted under any content
+//! would be too large, 401 where a token is needed, 503 where as many wait as may), unknown paths and methods included. A slash after a path is as none. JSON is accepted under any content
 //! type; unknown fields are refused. A body is read to its end within [`Limits`] before any handler sees the request, so a slow or
-//! endless one costs its own connection only. A change that was taken in is made with all that follows from it, whether or not its
+//! endless one costs its own connection only. No more than [`QUEUE`] requests wait for the VMM's thread at a time. A change that was taken in is made with all that follows from it, whether or not its
 //! client waits for the answer.
 
 mod actions;
 mod balloon;
+mod bearer;
 mod count;
 mod devices;
 mod drives;
@@ -42,17 +43,22 @@ use http_body_util::BodyExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokio::sync::{Mutex, OnceCell, oneshot};
+use tokio::sync::{Mutex, OnceCell, Semaphore, oneshot};
 use vmm::{Action, ActionError, Metadata, Reply};
 
 use crate::backend::Backend;
 use crate::host::Host;
+pub(crate) use bearer::OverTcp;
 use fault::Fault;
 use id::Id;
-pub(crate) use rebinding::OverTcp;
 
 /// The version of Firecracker whose API this one follows: what `GET /version` answers, as clients choose features by it.
 pub const FIRECRACKER_API: &str = "1.14.0";
+
+/// Requests that may wait for the VMM's thread at once, whether or not their clients still do: a client that asks and hangs up, again
+/// and again, would make a line without end of what a busy thread has yet to do. Half of the places that connections have: readings,
+/// which do not wait for that thread, have the others.
+const QUEUE: usize = 64;
 
 /// The path whose answer has no end.
 pub(crate) const STREAM: &str = "/vcpus/stream";
@@ -64,6 +70,12 @@ pub struct Limits {
     pub body_bytes: usize,
     /// Longest wait for a whole body.
     pub body_time: Duration,
+    /// How long a connection may stay without a request.
+    pub idle_time: Duration,
+    /// How long a request's head may take, from its first byte to its last.
+    pub head_time: Duration,
+    /// How long a client may take to take an answer.
+    pub answer_time: Duration,
     /// How long requests under way may take to finish once the server stops.
     pub linger: Duration,
 }
@@ -73,6 +85,9 @@ impl Default for Limits {
         Self {
             body_bytes: 51_200,
             body_time: Duration::from_secs(10),
+            idle_time: Duration::from_secs(60),
+            head_time: Duration::from_secs(5),
+            answer_time: Duration::from_secs(30),
             linger: Duration::from_millis(500),
         }
     }
@@ -89,6 +104,8 @@ pub struct Shared {
     /// Held by whoever looks for disturbances, from the first look to the last.
     looks: Arc<Mutex<()>>,
     streams: Arc<stream::Streams>,
+    /// Turns to wait for the VMM's thread.
+    queue: Arc<Semaphore>,
 }
 
 impl Shared {
@@ -101,6 +118,7 @@ impl Shared {
             host: Arc::default(),
             looks: Arc::default(),
             streams: Arc::default(),
+            queue: Arc::new(Semaphore::new(QUEUE)),
         }
     }
 
@@ -147,7 +165,11 @@ async fn unknown(request: Request) -> Fault {
 /// Takes in the whole request, and refuses what no handler should see. The order of the checks is Firecracker's.
 async fn admit(State((shared, limits)): State<(Shared, Limits)>, mut request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), plain(request.uri()).path().to_owned());
-    let request = match rebinding::check(&request) {
+    let admitted = bearer::check(&request).and_then(|known| match known {
+        true => Ok(()),
+        false => rebinding::check(&request),
+    });
+    let request = match admitted {
         Ok(()) => {
             *request.uri_mut() = plain(request.uri());
             whole(request, limits).await
@@ -228,13 +250,16 @@ fn may_be_empty(path: &str) -> bool {
 const DISCARD_BYTES: usize = 16 << 20;
 
 async fn read_body(mut body: Body, limits: Limits) -> Result<Bytes, Fault> {
-    let too_large = || {
-        Fault::new(format!(
-            "The body is larger than the limit of {} bytes.",
-            limits.body_bytes
-        ))
-    };
     let announced = body.size_hint().lower();
+    // Firecracker's words, where it has been said how large.
+    let too_large = || {
+        let limit = limits.body_bytes;
+        Fault::new(if announced > limit as u64 {
+            format!("Request payload with size {announced} is larger than the limit of {limit} allowed by server.")
+        } else {
+            format!("The request payload is larger than the limit of {limit} allowed by server.")
+        })
+    };
     if announced > (limits.body_bytes + DISCARD_BYTES) as u64 {
         return Err(too_large());
     }
@@ -280,11 +305,16 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
 
 /// Sends an action to the VMM thread and waits for its answer.
 async fn ask(shared: &Shared, action: Action) -> Result<Reply, Fault> {
+    let turn = shared.queue.clone().try_acquire_owned();
+    let turn = turn.map_err(|_| Fault::too_many(format!("{QUEUE} requests wait for the microVM: try again later.")))?;
     let (tx, rx) = oneshot::channel();
-    // The requester may have gone: then nobody waits for the answer.
-    shared
-        .backend
-        .send(action, Box::new(move |answer| drop(tx.send(answer))));
+    let answer = move |answer| {
+        // Its own until the thread is done with it, whoever waits.
+        drop(turn);
+        // The requester may have gone: then nobody waits for the answer.
+        drop(tx.send(answer));
+    };
+    shared.backend.send(action, Box::new(answer));
     Ok(rx.await.unwrap_or(Err(ActionError::Ended))?)
 }
 

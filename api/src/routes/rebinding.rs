@@ -1,7 +1,7 @@
 //! DNS rebinding: a page of another site, whose name is then made to mean this host's loopback address, may send requests here and
 //! read the answers, for its browser takes both for one site. What it cannot change is the name in its requests' `Host`.
 //!
-//! So whoever asks over TCP has to ask by an address, or as `localhost`. Over the unix socket clients send as `Host` whatever they
+//! So whoever asks over TCP has to ask by an address, or as `localhost`, unless it brings a token (`bearer`), which no such page has. Over the unix socket clients send as `Host` whatever they
 //! like; but a browser may ask there too, by a port that ssh(1) forwards to it. Browsers tell themselves by headers that a page
 //! cannot leave out (Fetch Metadata, and the Origin of Fetch, 3.2), which clients have no reason to send.
 
@@ -12,10 +12,7 @@ use axum::http::header::HOST;
 use axum::http::uri::Authority;
 
 use super::Fault;
-
-/// Goes with each request that came over TCP.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct OverTcp;
+use super::bearer::OverTcp;
 
 /// # Errors
 /// `request` came over TCP, or from a browser, and names another host.
@@ -60,7 +57,7 @@ mod tests {
     async fn status(target: &str, host: &str, over_tcp: bool) -> u16 {
         let mut request = Request::builder().uri(target).header(HOST, host);
         if over_tcp {
-            request = request.extension(OverTcp);
+            request = request.extension(OverTcp::default());
         }
         let response = router_in(NotStarted).oneshot(request.body(Body::empty()).unwrap());
         response.await.unwrap().status().as_u16()
@@ -112,7 +109,7 @@ mod tests {
         let request = Request::builder()
             .header(HOST, "127.0.0.1")
             .header(HOST, "attacker.example");
-        let request = request.extension(OverTcp).body(Body::empty()).unwrap();
+        let request = request.extension(OverTcp::default()).body(Body::empty()).unwrap();
         assert!(check(&request).unwrap_err().message().contains("\"attacker.example\""));
     }
 }

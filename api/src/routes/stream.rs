@@ -25,6 +25,7 @@ use axum::response::{IntoResponse, Response};
 use hyper::body::Frame;
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::time::{Instant, Sleep};
 
 use super::{Fault, Shared};
 use crate::backend::Backend;
@@ -34,11 +35,15 @@ pub(super) use sampler::Streams;
 /// The shortest and the longest interval, in milliseconds.
 const INTERVALS_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
 
-/// How often a client hears something while there is nothing to read: proxies close connections on which nothing is said.
+/// The longest that a client hears nothing, be it that there is nothing to read or that its interval is longer: proxies close
+/// connections on which nothing is said.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// What is said then: a comment, which clients pass over (HTML Standard, 9.2.6).
-const COMMENT: Bytes = Bytes::from_static(b": no vCPU runs yet\n\n");
+/// What is said first where there is nothing to read yet: a comment, which clients pass over (HTML Standard, 9.2.6).
+const NONE_YET: Bytes = Bytes::from_static(b": no vCPU runs yet\n\n");
+
+/// What is said where nothing was for [`KEEP_ALIVE`].
+const STILL_HERE: Bytes = Bytes::from_static(b": still here\n\n");
 
 /// What may follow the path after a question mark.
 #[derive(Debug, Deserialize)]
@@ -79,6 +84,8 @@ pub(super) async fn stream(
         first: Some(first),
         next: Next::Awaited(change(shared.streams.clone().join(&shared.backend, interval_ms))),
         way: Arc::default(),
+        said: Instant::now(),
+        silence: Box::pin(tokio::time::sleep(KEEP_ALIVE)),
     };
     let head = [
         (header::CONTENT_TYPE, "text/event-stream"),
@@ -98,7 +105,7 @@ fn render(backend: &dyn Backend, capacity: usize) -> Bytes {
             Err(_) => text.truncate(whole),
         }
     }
-    if text.is_empty() { COMMENT } else { text.into() }
+    if text.is_empty() { NONE_YET } else { text.into() }
 }
 
 type Change = Pin<Box<dyn Future<Output = (bool, watch::Receiver<Bytes>)> + Send>>;
@@ -114,6 +121,10 @@ struct Readings {
     first: Option<Bytes>,
     next: Next,
     way: Arc<Mutex<Way>>,
+    /// When it was sent something last.
+    said: Instant,
+    /// Ends no later than the time for a word of comment; and is set anew only then, so that a reading sets no timer.
+    silence: Pin<Box<Sleep>>,
 }
 
 /// What comes after the readings that the client was sent last.
@@ -165,8 +176,26 @@ struct Ended;
 impl Readings {
     fn send(&mut self, readings: Bytes) -> Frame<Bytes> {
         *lock(&self.way) = Way::Taken(None);
+        self.said = Instant::now();
         let way = self.way.clone();
         Frame::data(Bytes::from_owner(OnTheWay { readings, way }))
+    }
+
+    /// Whether nothing has been said for too long. If not, the caller is woken when it may have been.
+    fn is_silent(&mut self, context: &mut Context<'_>) -> bool {
+        while self.silence.as_mut().poll(context).is_ready() {
+            let due = self.said + KEEP_ALIVE;
+            let now = Instant::now();
+            self.silence
+                .as_mut()
+                .reset(if due > now { due } else { now + KEEP_ALIVE });
+            if due <= now {
+                // The timer has to be asked once for it to wake anybody.
+                let _ = self.silence.as_mut().poll(context);
+                return true;
+            }
+        }
+        false
     }
 
     /// Whether the last readings are still on their way; then `waker` is woken when they no longer are.
@@ -194,6 +223,10 @@ impl HttpBody for Readings {
                 Next::Awaited(mut change) => match change.as_mut().poll(context) {
                     Poll::Pending => {
                         self.next = Next::Awaited(change);
+                        // Who has not taken the last word needs no other.
+                        if self.is_silent(context) && !self.way_is_taken(context.waker()) {
+                            return Poll::Ready(Some(Ok(self.send(STILL_HERE))));
+                        }
                         return Poll::Pending;
                     }
                     Poll::Ready((true, client)) => self.next = Next::Due(client),

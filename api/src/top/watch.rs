@@ -242,6 +242,7 @@ mod tests {
         let listeners = Listeners {
             unix: Some(socket::bind(path).unwrap()),
             tcp: None,
+            token: None,
         };
         let backend = Arc::new(Fake::new(RunState::Running));
         let server = Server::spawn().unwrap();

@@ -146,13 +146,6 @@ pub fn accuracy(layout: &Layout) -> Result<(PathBuf, PathBuf)> {
     ))
 }
 
-/// The `chronovisor` program, linked into the bed, and what has a crowd listen to it.
-pub fn streams(layout: &Layout) -> Result<PathBuf> {
-    let messages = cargo_build(layout, "release", &["--package=api", "--package=tests", "--bins"])?;
-    into_bed(layout, program(&messages, "chronovisor")?)?;
-    program(&messages, "streams")
-}
-
 /// The `chronovisor` program, linked into the bed, and the program of `tests/src/bin` that measures it.
 pub fn measuring(layout: &Layout, name: &str) -> Result<PathBuf> {
     let bins = ["--package=api", "--package=tests", "--bin=chronovisor", &format!("--bin={name}")];

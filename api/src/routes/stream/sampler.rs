@@ -11,7 +11,7 @@ use axum::body::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::{COMMENT, KEEP_ALIVE, lock, render};
+use super::{NONE_YET, lock, render};
 use crate::backend::Backend;
 use crate::routes::Fault;
 
@@ -80,17 +80,17 @@ impl Streams {
         let interval = Duration::from_millis(interval_ms);
         let mut ticks = tokio::time::interval_at(Instant::now() + interval, interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-        let (mut said, mut capacity) = (Instant::now(), 0);
+        let mut capacity = 0;
         loop {
             ticks.tick().await;
             if !self.has_clients(interval_ms) {
                 return;
             }
             let readings = render(&*backend, capacity);
-            if readings == COMMENT && said.elapsed() < KEEP_ALIVE {
+            if readings == NONE_YET {
                 continue;
             }
-            (said, capacity) = (Instant::now(), readings.len());
+            capacity = readings.len();
             let mut group = 0;
             while self.tell(interval_ms, group, &readings) {
                 group += 1;

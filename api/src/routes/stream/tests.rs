@@ -256,9 +256,33 @@ async fn before_the_start_there_are_comments_and_readings_follow() {
         assert!(comment.starts_with(b":") && comment.ends_with(b"\n\n"), "{comment:?}");
         assert_eq!(begin.elapsed(), Duration::from_secs(after));
     }
+    // The look of this instant.
+    settle().await;
     served.backend.vcpus.store(2, Relaxed);
     assert_eq!(readings(&mut body).await.len(), 2);
     assert_eq!(begin.elapsed(), Duration::from_secs(31));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_of_a_long_interval_hears_a_comment_in_between_and_one_that_does_not_read_none() {
+    let served = Served::with(1);
+    let (mut body, begin) = (served.listen(50_000).await, Instant::now());
+    let mut deaf = served.listen(50_000).await;
+    let _held = frame(&mut deaf).await;
+    readings(&mut body).await;
+    for after in [15, 30, 45] {
+        let comment = frame(&mut body).await.unwrap();
+        assert!(comment.starts_with(b":") && comment.ends_with(b"\n\n"), "{comment:?}");
+        assert_eq!(begin.elapsed(), Duration::from_secs(after));
+        assert!(nothing_comes(&mut deaf).await);
+    }
+    // A reading in time is word enough.
+    readings(&mut body).await;
+    assert_eq!(begin.elapsed(), Duration::from_secs(50));
+    let mut often = served.listen(10_000).await;
+    for _ in 0..5 {
+        readings(&mut often).await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
