@@ -98,9 +98,13 @@ impl Typing {
                 return Ok(());
             }
         }
-        vmm::thread("console").spawn(move || match source {
-            Source::Terminal => pass_keys(self.typed, quit),
-            _ => pass_bytes(self.typed),
+        let role = seccomp::role();
+        vmm::thread("console").spawn(move || {
+            seccomp::inherited(role);
+            match source {
+                Source::Terminal => pass_keys(self.typed, quit),
+                _ => pass_bytes(self.typed),
+            }
         })?;
         Ok(())
     }
