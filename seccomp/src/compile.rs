@@ -1,6 +1,9 @@
 //! From a policy in JSON to programs that the kernel takes: by the build script for the policy that ships, at run time for
 //! another.
 
+#[path = "shorten.rs"]
+pub mod shorten;
+
 use std::collections::HashMap;
 
 use seccompiler::{BpfProgram, Error, TargetArch, compile_from_json, sock_filter};
@@ -10,9 +13,7 @@ pub const ROLES: [&str; 3] = ["vmm", "api", "vcpu"];
 
 // linux/bpf_common.h: what an instruction does.
 const LOAD_WORD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
-const JUMP: u16 = 0x05; // BPF_JMP | BPF_JA
 const JUMP_IF_EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
-const JUMP_IF_AT_LEAST: u16 = 0x35; // BPF_JMP | BPF_JGE | BPF_K
 const RETURN: u16 = 0x06; // BPF_RET | BPF_K
 
 // linux/seccomp.h, struct seccomp_data: where it looks, in bytes.
@@ -48,81 +49,10 @@ const NO_CLONE3: [sock_filter; 5] = [
 pub fn compile(json: &[u8]) -> Result<HashMap<String, BpfProgram>, Error> {
     let mut programs = compile_from_json(json, TargetArch::x86_64)?;
     for program in programs.values_mut() {
-        if let Some(tree) = tree(program) {
-            *program = tree;
+        if let Some(shorter) = shorten::shorten(program) {
+            *program = shorter;
         }
         program.splice(0..0, NO_CLONE3.iter().cloned());
     }
     Ok(programs)
-}
-
-/// `chain` with its calls found by bisection. When a filter is installed the kernel runs it once for each system call there is (to
-/// learn which are always allowed), so a chain of comparisons makes a start longer by more than all else about it.
-///
-/// seccompiler's chain is: a check of the architecture, 3 instructions; the number is loaded; for each call, in the order of their
-/// numbers, a [`Block`]; the default action. `None` where it is not, and of one call there is nothing to bisect.
-pub fn tree(chain: &[sock_filter]) -> Option<BpfProgram> {
-    let (head, mut rest) = chain.split_at_checked(4)?;
-    (head[3] == instruction(LOAD_WORD, 0, 0, NUMBER)).then_some(())?;
-    let mut blocks: Vec<Block> = Vec::new();
-    while rest.len() > 1 {
-        let (block, next) = Block::first_of(rest)?;
-        let in_order = blocks.last().is_none_or(|last| last.number < block.number);
-        in_order.then_some(())?;
-        blocks.push(block);
-        rest = next;
-    }
-    let [default] = rest else { return None };
-    (default.code == RETURN && blocks.len() > 1).then_some(())?;
-    let mut program = head.to_vec();
-    bisect(&blocks, default, &mut program);
-    Some(program)
-}
-
-/// What is done about one call.
-struct Block<'a> {
-    number: u32,
-    /// Leaves by returning only: no jump of it that is ever taken leads out of it.
-    body: &'a [sock_filter],
-}
-
-impl<'a> Block<'a> {
-    /// The one at the beginning of `rest`, and what comes behind it. It begins with
-    ///
-    /// ```text
-    ///   the number is the call's? no: ──┐
-    ///   jump over the next              │
-    ///   jump to the next block      ◄───┘  by way of such jumps, one for each of the call's rules
-    ///   body
-    /// ```
-    fn first_of(rest: &'a [sock_filter]) -> Option<(Self, &'a [sock_filter])> {
-        let is = rest.first()?;
-        (is.code == JUMP_IF_EQUAL && (is.jt, is.jf) == (0, 1) && rest.get(1)? == &instruction(JUMP, 0, 0, 1)).then_some(())?;
-        let mut end = 2;
-        while rest.get(end)?.code == JUMP {
-            end += 1 + usize::try_from(rest[end].k).ok()?;
-        }
-        let block = Self {
-            number: is.k,
-            body: rest.get(3..end)?,
-        };
-        Some((block, &rest[end..]))
-    }
-}
-
-fn bisect(blocks: &[Block], default: &sock_filter, program: &mut BpfProgram) {
-    if let [block] = blocks {
-        program.extend([instruction(JUMP_IF_EQUAL, 1, 0, block.number), default.clone()]);
-        program.extend_from_slice(block.body);
-        // Jumps of the chain to its next block, which nothing leads to any more, have to lead somewhere.
-        program.push(default.clone());
-        return;
-    }
-    let (low, high) = blocks.split_at(blocks.len() / 2);
-    program.push(instruction(JUMP_IF_AT_LEAST, 0, 1, high[0].number));
-    let over = program.len();
-    program.push(instruction(JUMP, 0, 0, 0));
-    bisect(low, default, program);
-    program[over].k = u32::try_from(program.len() - over - 1).expect("the kernel takes 4096 instructions");
-    bisect(high, default, program);
 }

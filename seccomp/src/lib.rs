@@ -158,15 +158,14 @@ pub fn enter(role: Role) -> io::Result<()> {
         return Ok(());
     };
     violation::listen()?;
+    violation::this_thread_is(role);
     apply_filter(program).map_err(|error| {
         io::Error::other(format!(
             "the seccomp filter of its {} threads cannot be installed: {error}; the kernel has to have \
              CONFIG_SECCOMP_FILTER, or choose --no-seccomp",
             role.name()
         ))
-    })?;
-    violation::this_thread_is(role);
-    Ok(())
+    })
 }
 
 /// The calling thread's role, if it has one: for those that it starts.
