@@ -107,11 +107,7 @@ impl Given {
             return Err(PolicyError::Binary);
         }
         let mut programs = compile::compile(json).map_err(PolicyError::Compile)?;
-        let mut take = |role| {
-            programs
-                .remove(role)
-                .ok_or(PolicyError::MissingThreadCategory(role))
-        };
+        let mut take = |role| programs.remove(role).ok_or(PolicyError::MissingThreadCategory(role));
         let [vmm, api, vcpu] = ROLES;
         let taken = [take(vmm), take(api), take(vcpu)];
         if !programs.is_empty() {

@@ -41,7 +41,10 @@ pub fn shorten(chain: &[sock_filter]) -> Option<BpfProgram> {
     let mut calls: Vec<Call> = Vec::new();
     while rest.len() > 1 {
         let (call, next) = Call::first_of(rest)?;
-        calls.last().is_none_or(|last| last.number < call.number).then_some(())?;
+        calls
+            .last()
+            .is_none_or(|last| last.number < call.number)
+            .then_some(())?;
         calls.push(call);
         rest = next;
     }

@@ -26,8 +26,16 @@ fn forbidden() -> Vec<Call> {
     let none = [0; 6];
     vec![
         // What would bring the tick back.
-        ("a timer on the process's CPU clock", "timer_create", [CPU_PROCESS, 0, 0, 0, 0, 0]),
-        ("a timer on the thread's CPU clock", "timer_create", [CPU_THREAD, 0, 0, 0, 0, 0]),
+        (
+            "a timer on the process's CPU clock",
+            "timer_create",
+            [CPU_PROCESS, 0, 0, 0, 0, 0],
+        ),
+        (
+            "a timer on the thread's CPU clock",
+            "timer_create",
+            [CPU_THREAD, 0, 0, 0, 0, 0],
+        ),
         ("ITIMER_VIRTUAL", "setitimer", [1, 0, 0, 0, 0, 0]),
         ("ITIMER_PROF", "setitimer", [2, 0, 0, 0, 0, 0]),
         ("RLIMIT_CPU", "setrlimit", [RLIMIT_CPU, 0, 0, 0, 0, 0]),
@@ -40,7 +48,11 @@ fn forbidden() -> Vec<Call> {
         ("a process that shares", "vfork", none),
         ("a process by clone", "clone", [SIGCHLD, 0, 0, 0, 0, 0]),
         ("another process's memory", "ptrace", [16, 0, 0, 0, 0, 0]),
-        ("another process's memory, written", "process_vm_writev", [1, 0, 0, 0, 0, 0]),
+        (
+            "another process's memory, written",
+            "process_vm_writev",
+            [1, 0, 0, 0, 0, 0],
+        ),
         ("a signal to others", "kill", [u64::MAX, 0, 0, 0, 0, 0]),
         // The system.
         ("a mount", "mount", none),
@@ -109,7 +121,10 @@ fn number(call: &str) -> i64 {
     if call == "unknown" {
         return 0x4000_0000;
     }
-    call.parse::<syscalls::Sysno>().unwrap_or_else(|_| panic!("{call}")).id().into()
+    call.parse::<syscalls::Sysno>()
+        .unwrap_or_else(|_| panic!("{call}"))
+        .id()
+        .into()
 }
 
 const CHILD: &str = "CHRONOVISOR_TEST_CALL";
@@ -133,11 +148,19 @@ fn a_child() {
         };
         println!("{SURVIVED}: {result} {:?}", io::Error::last_os_error().raw_os_error());
     };
-    std::thread::Builder::new().name("culprit".into()).spawn(call).unwrap().join().unwrap();
+    std::thread::Builder::new()
+        .name("culprit".into())
+        .spawn(call)
+        .unwrap()
+        .join()
+        .unwrap();
 }
 
 fn child(role: Role, number: i64, arguments: [u64; 6]) -> Output {
-    let words: Vec<_> = arguments.iter().map(|argument| argument.cast_signed().to_string()).collect();
+    let words: Vec<_> = arguments
+        .iter()
+        .map(|argument| argument.cast_signed().to_string())
+        .collect();
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "tests::a_child", "--nocapture"])
         .env(CHILD, format!("{} {number} {}", role.name(), words.join(" ")))
@@ -185,14 +208,24 @@ fn a_call_by_another_architectures_numbers_ends_the_process() {
         return;
     }
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "tests::a_call_by_another_architectures_numbers_ends_the_process", "--nocapture"])
+        .args([
+            "--exact",
+            "tests::a_call_by_another_architectures_numbers_ends_the_process",
+            "--nocapture",
+        ])
         .env(WHAT, "")
         .output()
         .unwrap();
     // seccompiler's own check, which comes first: the kernel ends it.
     let ended = output.status.signal();
-    assert!(ended == Some(libc::SIGSYS) || ended == Some(libc::SIGSEGV), "{output:?}");
-    assert!(!String::from_utf8_lossy(&output.stdout).contains(SURVIVED), "{output:?}");
+    assert!(
+        ended == Some(libc::SIGSYS) || ended == Some(libc::SIGSEGV),
+        "{output:?}"
+    );
+    assert!(
+        !String::from_utf8_lossy(&output.stdout).contains(SURVIVED),
+        "{output:?}"
+    );
 }
 
 #[test]
@@ -209,7 +242,10 @@ fn run(program: &[sock_filter], number: u32, arguments: [u64; 6]) -> u32 {
     const X86_64: u32 = 0xc000_003e;
     let mut data = [number, X86_64, 0, 0].to_vec();
     for argument in arguments {
-        data.extend([u32::try_from(argument & 0xffff_ffff).unwrap(), u32::try_from(argument >> 32).unwrap()]);
+        data.extend([
+            u32::try_from(argument & 0xffff_ffff).unwrap(),
+            u32::try_from(argument >> 32).unwrap(),
+        ]);
     }
     let (mut at, mut accumulator) = (0, 0);
     loop {
@@ -235,14 +271,21 @@ fn a_shorter_program_decides_as_the_longer_one_does() {
     for role in ROLES {
         let chain = &chains[role];
         let shorter = compile::shorten::shorten(chain).expect("it is in seccompiler's shape");
-        assert!(shorter.len() * 2 < chain.len(), "{role}: {} of {}", shorter.len(), chain.len());
+        assert!(
+            shorter.len() * 2 < chain.len(),
+            "{role}: {} of {}",
+            shorter.len(),
+            chain.len()
+        );
         // Whatever the policy compares with, in each argument, and what is near it.
         let of_rules: Vec<u64> = rules(role)
             .iter()
             .flat_map(|rule| rule["args"].as_array().cloned().unwrap_or_default())
             .filter_map(|argument| argument["val"].as_u64())
             .collect();
-        let near = of_rules.iter().flat_map(|value| [value.wrapping_sub(1), *value, value + 1, value | 1 << 32]);
+        let near = of_rules
+            .iter()
+            .flat_map(|value| [value.wrapping_sub(1), *value, value + 1, value | 1 << 32]);
         let values: BTreeSet<u64> = near.chain([0, 1, 4, 0o100, u64::MAX]).collect();
         for number in (0..600).chain([0x4000_0000, u32::MAX]) {
             for &value in &values {
@@ -284,7 +327,9 @@ fn the_documentation_lists_what_the_policy_allows() {
             allowed.entry(call).or_default().insert(role);
         }
     }
-    let (_, table) = include_str!("../../docs/seccomp.md").split_once("<!-- the table -->").unwrap();
+    let (_, table) = include_str!("../../docs/seccomp.md")
+        .split_once("<!-- the table -->")
+        .unwrap();
     let documented: BTreeMap<_, _> = table
         .lines()
         .filter_map(|line| {
@@ -300,12 +345,17 @@ fn the_documentation_lists_what_the_policy_allows() {
 #[test]
 fn a_policy_that_is_none_is_refused_with_what_is_wrong() {
     let role = r#"{"default_action": "trap", "filter_action": "allow", "filter": []}"#;
-    let rule = |rule: &str| format!(r#"{{"vmm": {{"default_action": "trap", "filter_action": "allow", "filter": [{rule}]}}}}"#);
+    let rule = |rule: &str| {
+        format!(r#"{{"vmm": {{"default_action": "trap", "filter_action": "allow", "filter": [{rule}]}}}}"#)
+    };
     let deep = "[".repeat(1000);
     for (json, says) in [
         (String::new(), "is not JSON"),
         ("\x7fELF".to_owned(), "is not JSON"),
-        ("\x03\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0vmm".to_owned(), "binary filters are not taken"),
+        (
+            "\x03\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0vmm".to_owned(),
+            "binary filters are not taken",
+        ),
         ("[]".to_owned(), "is not JSON"),
         ("{".to_owned(), "EOF"),
         (format!("{{\"vmm\": {deep}"), "line 1"),
@@ -314,17 +364,30 @@ fn a_policy_that_is_none_is_refused_with_what_is_wrong() {
         (format!(r#"{{"vmm": {role}, "vmm": {role}}}"#), "duplicate filter key"),
         (rule(r#"{"syscall": "frobnicate"}"#), "frobnicate"),
         (rule(r#"{"syscall": "read", "args": []}"#), "mpty"),
-        (rule(r#"{"syscall": "read", "args": [{"index": 6, "type": "dword", "op": "eq", "val": 1}]}"#), "rgument"),
-        (rule(r#"{"syscall": "read", "args": [{"index": 0, "type": "dword", "op": "eq", "val": -1}]}"#), "invalid value"),
-        (format!(r#"{{"vmm": {role}, "api": {role}}}"#), "Missing thread category: vcpu"),
-        (format!(r#"{{"vmm": {role}, "api": {role}, "vcpu": {role}, "b": {role}, "a": {role}}}"#), "Invalid thread categories: a,b"),
+        (
+            rule(r#"{"syscall": "read", "args": [{"index": 6, "type": "dword", "op": "eq", "val": 1}]}"#),
+            "rgument",
+        ),
+        (
+            rule(r#"{"syscall": "read", "args": [{"index": 0, "type": "dword", "op": "eq", "val": -1}]}"#),
+            "invalid value",
+        ),
+        (
+            format!(r#"{{"vmm": {role}, "api": {role}}}"#),
+            "Missing thread category: vcpu",
+        ),
+        (
+            format!(r#"{{"vmm": {role}, "api": {role}, "vcpu": {role}, "b": {role}, "a": {role}}}"#),
+            "Invalid thread categories: a,b",
+        ),
         ("{}".to_owned(), "Missing thread category: vmm"),
     ] {
         let refused = Given::from_json(json.as_bytes()).expect_err(&json).to_string();
         assert!(refused.contains(says) && !refused.contains('\n'), "{json}: {refused}");
     }
     assert!(Given::from_json(format!(r#" {{"vmm": {role}, "api": {role}, "vcpu": {role}}}"#).as_bytes()).is_ok());
-    let long = vec![r#"{"syscall": "read", "args": [{"index": 0, "type": "qword", "op": "eq", "val": 1}]}"#; 2000].join(",");
+    let long =
+        vec![r#"{"syscall": "read", "args": [{"index": 0, "type": "qword", "op": "eq", "val": 1}]}"#; 2000].join(",");
     let refused = Given::from_json(rule(&long).as_bytes()).unwrap_err().to_string();
     assert!(refused.contains("too") || refused.contains("large"), "{refused}");
 }

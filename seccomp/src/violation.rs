@@ -142,7 +142,9 @@ fn tell(info: &SigSys, context: &ucontext_t) {
         let registers = [REG_RDI, REG_RSI, REG_RDX, REG_R10, REG_R8, REG_R9];
         let mut separator = ", arguments";
         for register in registers {
-            let value = usize::try_from(register).ok().and_then(|at| context.uc_mcontext.gregs.get(at));
+            let value = usize::try_from(register)
+                .ok()
+                .and_then(|at| context.uc_mcontext.gregs.get(at));
             write!(line, "{separator} {:#x}", value.copied().unwrap_or_default())?;
             separator = "";
         }
@@ -177,7 +179,10 @@ impl fmt::Display for Now {
         let (year, month, day) = date(days);
         let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
         let micros = now.tv_nsec / 1000;
-        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
+        write!(
+            f,
+            "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z"
+        )
     }
 }
 
@@ -255,6 +260,9 @@ mod tests {
         line.write_to(write.as_raw_fd());
         drop(write);
         let text = io::read_to_string(read).unwrap();
-        assert!(text.starts_with("long") && text.ends_with('\n') && text.len() == 640, "{text}");
+        assert!(
+            text.starts_with("long") && text.ends_with('\n') && text.len() == 640,
+            "{text}"
+        );
     }
 }

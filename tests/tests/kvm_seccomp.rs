@@ -67,11 +67,17 @@ impl Served {
         let path = socket.display().to_string();
         let arguments = ["--api-sock", &path].into_iter().chain(flags.iter().copied());
         let process = Process::chronovisor(arguments);
-        Self { process, socket, folder }
+        Self {
+            process,
+            socket,
+            folder,
+        }
     }
 
     fn wait_for_api(&self) {
-        wait_until("the API answers", || client::request(&self.socket, "GET", "/", None).is_ok());
+        wait_until("the API answers", || {
+            client::request(&self.socket, "GET", "/", None).is_ok()
+        });
     }
 
     fn put(&self, path: &str, body: Value) {
@@ -82,7 +88,10 @@ impl Served {
     fn start(&self) {
         let kernel = self.folder.write("kernel", elf(&Program::spin_forever()));
         let disk = self.folder.write("disk", [0; 4096]);
-        self.put("/machine-config", serde_json::json!({ "vcpu_count": 2, "mem_size_mib": 16 }));
+        self.put(
+            "/machine-config",
+            serde_json::json!({ "vcpu_count": 2, "mem_size_mib": 16 }),
+        );
         self.put("/boot-source", serde_json::json!({ "kernel_image_path": kernel }));
         self.put(
             "/drives/d",
@@ -97,7 +106,10 @@ impl Served {
         assert_eq!(status.code(), Some(BAD_SYSCALL), "{status:?}: {said}");
         let names = format!("seccomp: thread {thread} made a system call that {role} threads may not make: {call} (");
         let lines: Vec<_> = said.lines().filter(|line| line.contains("seccomp:")).collect();
-        assert!(!lines.is_empty() && lines.iter().all(|line| line.contains(&names)), "{said}");
+        assert!(
+            !lines.is_empty() && lines.iter().all(|line| line.contains(&names)),
+            "{said}"
+        );
         (self.folder, self.socket)
     }
 }
@@ -140,10 +152,16 @@ fn a_vcpu_thread_that_makes_a_forbidden_call_ends_the_process_and_the_log_names_
     let log = folder.join("log");
     let policy = without(&folder, "vcpu", |rule| rule["syscall"] == "ioctl");
     let [log_path, policy] = [&log, &policy].map(|path| path.display().to_string());
-    let served = Served::in_folder(folder, &["--log-path", &log_path, "--seccomp-filter", &policy, "--id", "one"]);
+    let served = Served::in_folder(
+        folder,
+        &["--log-path", &log_path, "--seccomp-filter", &policy, "--id", "one"],
+    );
     served.wait_for_api();
     let kernel = served.folder.write("kernel", elf(&Program::spin_forever()));
-    served.put("/machine-config", serde_json::json!({ "vcpu_count": 1, "mem_size_mib": 16 }));
+    served.put(
+        "/machine-config",
+        serde_json::json!({ "vcpu_count": 1, "mem_size_mib": 16 }),
+    );
     served.put("/boot-source", serde_json::json!({ "kernel_image_path": kernel }));
     // Answered or not: the end may be quicker.
     let start = serde_json::json!({ "action_type": "InstanceStart" }).to_string();
@@ -152,7 +170,9 @@ fn a_vcpu_thread_that_makes_a_forbidden_call_ends_the_process_and_the_log_names_
     let text = std::fs::read_to_string(&log).expect("a log");
     let line = text.lines().last().expect("a line");
     assert!(
-        line.contains("Z [one:vcpu0] seccomp: thread vcpu0 made") && line.contains("ioctl (16), arguments ") && line.contains(" 0xae80 "),
+        line.contains("Z [one:vcpu0] seccomp: thread vcpu0 made")
+            && line.contains("ioctl (16), arguments ")
+            && line.contains(" 0xae80 "),
         "{text}"
     );
 }
@@ -161,9 +181,13 @@ fn a_vcpu_thread_that_makes_a_forbidden_call_ends_the_process_and_the_log_names_
 fn an_api_thread_that_makes_a_forbidden_call_ends_the_process_and_the_log_names_it() {
     require_bed!(kvm);
     let folder = Folder::new();
-    let policy = without(&folder, "api", |rule| rule["syscall"] == "accept4").display().to_string();
+    let policy = without(&folder, "api", |rule| rule["syscall"] == "accept4")
+        .display()
+        .to_string();
     let served = Served::in_folder(folder, &["--seccomp-filter", &policy]);
-    wait_until("the socket is there", || std::os::unix::net::UnixStream::connect(&served.socket).is_ok());
+    wait_until("the socket is there", || {
+        std::os::unix::net::UnixStream::connect(&served.socket).is_ok()
+    });
     served.ends_by("api", "api", "accept4");
 }
 
@@ -172,7 +196,9 @@ fn a_vmm_thread_that_makes_a_forbidden_call_ends_the_process_and_what_it_leaves_
     require_bed!(kvm);
     let folder = Folder::new();
     // What takes a vCPU out of the guest: by signal 34, while abort(3)'s is another.
-    let policy = without(&folder, "vmm", |rule| rule["syscall"] == "tgkill" && rule["args"][0]["val"] == 34);
+    let policy = without(&folder, "vmm", |rule| {
+        rule["syscall"] == "tgkill" && rule["args"][0]["val"] == 34
+    });
     let policy = policy.display().to_string();
     let served = Served::in_folder(folder, &["--seccomp-filter", &policy]);
     served.wait_for_api();
@@ -207,8 +233,16 @@ fn a_policy_that_cannot_be_taken_is_named_with_what_is_wrong_with_it() {
         (&more, "Invalid thread categories: gpu"),
         (&"/dev/zero".to_owned(), "larger than"),
     ] {
-        fails(&["run", "--kernel", &kernel, "--seccomp-filter", path], 1, &["--seccomp-filter", path, says]);
+        fails(
+            &["run", "--kernel", &kernel, "--seccomp-filter", path],
+            1,
+            &["--seccomp-filter", path, says],
+        );
         let socket = folder.join("api.sock").display().to_string();
-        fails(&["--api-sock", &socket, "--seccomp-filter", path], 1, &["--seccomp-filter", path, says]);
+        fails(
+            &["--api-sock", &socket, "--seccomp-filter", path],
+            1,
+            &["--seccomp-filter", path, says],
+        );
     }
 }

@@ -520,7 +520,10 @@ mod tests {
             ("chronovisor --level loud", "--level"),
             ("chronovisor --api-listen here", "--api-listen"),
             ("chronovisor --no-seccomp --seccomp-filter f", "--seccomp-filter"),
-            ("chronovisor run --kernel k --seccomp-filter f --no-seccomp", "--seccomp-filter"),
+            (
+                "chronovisor run --kernel k --seccomp-filter f --no-seccomp",
+                "--seccomp-filter",
+            ),
             ("chronovisor times --count 2", "--watch"),
             ("chronovisor top --interval 99", "--interval"),
             ("chronovisor top --api-sock [", "--api-sock"),
