@@ -31,6 +31,7 @@ Exit status:
   4      the guest triple-faulted
   5      KVM could not go on
   70     a defect of chronovisor itself
+  148    a thread made a system call that it may not make
   128+n  ended by signal n: SIGTERM at once where no guest could hear it, else by the second one";
 
 /// What to do about a guest's reboot.

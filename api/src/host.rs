@@ -35,7 +35,7 @@ pub struct Kvm {
 impl From<KvmStatus> for Kvm {
     fn from(status: KvmStatus) -> Self {
         Self {
-            error: status.error.map(|error| error.to_string()),
+            error: status.error,
             modules: status.modules,
             runs_stock_kernels: status.runs_stock_kernels,
         }

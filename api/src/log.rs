@@ -10,6 +10,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, Result};
@@ -78,6 +79,7 @@ pub fn start(log: &Log, id: &str) -> Result<LogSink> {
     } else {
         LevelFilter::WARN
     });
+    seccomp::log_to(file.as_ref().map(AsFd::as_fd), id);
     let place = Arc::new(RwLock::new(Place {
         file,
         id: id.to_owned(),
@@ -97,7 +99,11 @@ pub fn start(log: &Log, id: &str) -> Result<LogSink> {
 fn configure<S>(logger: &Logger, place: &Shared, wanted: &reload::Handle<Wanted, S>) -> Result<(), LogError> {
     let file = logger.log_path.as_deref().map(append_to).transpose()?;
     let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
-    place.file = file.or(place.file.take());
+    if let Some(file) = file {
+        // First: the old one is closed by what follows.
+        seccomp::log_to(Some(file.as_fd()), &place.id);
+        place.file = Some(file);
+    }
     place.show_level = logger.show_level.unwrap_or(place.show_level);
     place.show_origin = logger.show_log_origin.unwrap_or(place.show_origin);
     drop(place);

@@ -10,12 +10,13 @@ use std::time::Instant;
 use accounting::GtimeSource;
 use anyhow::{Context, Result};
 use rustix::time::ClockId;
+use seccomp::{Given, Policy, Role};
 use vmm::config::{BootSource, Entropy, HugePages, MachineConfig, Metrics};
 use vmm::log::LogSink;
 use vmm::mmds::data::DEFAULT_LIMIT_BYTES;
 use vmm::{Action, ActionError, End, Options, Reply, Unstarted, VmmHandle};
 
-use crate::cli::{Run, Serve, StartTimes, Tcp};
+use crate::cli::{Run, Seccomp, Serve, StartTimes, Tcp};
 use crate::console::{self, Typing};
 use crate::ending::{Asked, Deed, Ending};
 use crate::exit::{self, OnReboot};
@@ -36,6 +37,7 @@ struct Plan {
     gtime_source: GtimeSource,
     log: LogSink,
     mmds_limit_bytes: usize,
+    policy: Policy,
     started: StartTimes,
     /// Puts what is wrong with that in its user's words.
     in_words: fn(&ActionError) -> String,
@@ -56,6 +58,7 @@ enum Configure {
 /// What failed before the guest ran.
 pub fn run(args: Run) -> Result<u8> {
     let log = log::start(&args.log, &args.id)?;
+    let policy = policy(&args.seccomp)?;
     let machine = MachineConfig {
         vcpu_count: args.cpus,
         mem_size_mib: args.mem,
@@ -94,6 +97,7 @@ pub fn run(args: Run) -> Result<u8> {
         gtime_source: args.gtime.source,
         log,
         mmds_limit_bytes: DEFAULT_LIMIT_BYTES,
+        policy,
         started: StartTimes::default(),
         in_words: by_flag,
         on_reboot: OnReboot::Report,
@@ -106,6 +110,7 @@ pub fn run(args: Run) -> Result<u8> {
 /// What failed before the guest ran.
 pub fn serve(args: Serve) -> Result<u8> {
     let log = log::start(&args.log, &args.id)?;
+    let policy = policy(&args.seccomp)?;
     for flag in args.ignored.noticeable() {
         tracing::warn!("{flag} has no effect here");
     }
@@ -138,9 +143,23 @@ pub fn serve(args: Serve) -> Result<u8> {
         gtime_source: args.gtime.source,
         log,
         mmds_limit_bytes: args.mmds_size_limit.unwrap_or(args.http_api_max_payload_size),
+        policy,
         started: args.started,
         in_words: ToString::to_string,
         on_reboot: OnReboot::Succeed,
+    })
+}
+
+/// `--no-seccomp` and `--seccomp-filter`.
+fn policy(args: &Seccomp) -> Result<Policy> {
+    Ok(match &args.seccomp_filter {
+        _ if args.no_seccomp => Policy::None,
+        None => Policy::Shipped,
+        Some(path) => {
+            let name = || format!("--seccomp-filter {}", path.display());
+            let json = config_file::read_json(path).with_context(name)?;
+            Policy::Given(Given::from_json(&json).with_context(name)?)
+        }
     })
 }
 
@@ -168,6 +187,7 @@ fn by_flag(error: &ActionError) -> String {
 }
 
 fn launch(plan: Plan) -> Result<u8> {
+    seccomp::choose(plan.policy);
     let blocked = signals::block().context("the signals that end it cannot be blocked")?;
     let served = plan.unix.is_some() || plan.tcp.api_listen.is_some();
     let server = served
@@ -233,6 +253,7 @@ fn launch(plan: Plan) -> Result<u8> {
     .context("the thread that waits for signals cannot be started")?;
     // What can fail for want of anything has been done by now: nothing leaves the VMM behind that starts here.
     let vmm = vmm.start().context("the VMM's thread cannot be started")?;
+    seccomp::enter(Role::Vmm)?;
 
     let steps = steps.into_iter().chain(start.then(|| Step::new("", Action::Start)));
     let done = carry_out(steps, |action| handle.request(action), plan.in_words)?;

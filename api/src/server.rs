@@ -21,6 +21,7 @@ use hyper::service::{Service, service_fn};
 use hyper_util::rt::TokioIo;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
+use seccomp::Role;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::oneshot;
 use vmm::unix_socket::Listening;
@@ -106,14 +107,15 @@ impl Server {
         let thread = vmm::thread("api").spawn(move || {
             let prepared = HostCpus::read().and_then(|host| {
                 let mut runtime = tokio::runtime::Builder::new_current_thread();
-                Ok((
-                    host,
-                    runtime
-                        .enable_io()
-                        .enable_time()
-                        .thread_stack_size(vmm::STACK)
-                        .build()?,
-                ))
+                let runtime = runtime
+                    .enable_io()
+                    .enable_time()
+                    .thread_stack_size(vmm::STACK)
+                    .on_thread_start(|| seccomp::inherited(Some(Role::Api)))
+                    .build()?;
+                // Here, where nobody waits for it yet.
+                seccomp::enter(Role::Api)?;
+                Ok((host, runtime))
             });
             // Dropped before it was opened.
             let Ok(Opened {

@@ -8,6 +8,10 @@ use std::ffi::c_int;
 use std::io;
 use std::mem::MaybeUninit;
 
+use seccomp::Role;
+
+use crate::exit;
+
 const ENDING: [c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
 /// The signals blocked by [`block`].
@@ -56,11 +60,18 @@ fn is_ignored(signal: c_int) -> io::Result<bool> {
 /// # Errors
 /// The thread could not be started.
 pub fn watch(blocked: Blocked, mut on_signal: impl FnMut(c_int) + Send + 'static) -> io::Result<()> {
-    let wait = move || loop {
-        let mut signal = 0;
-        // SAFETY: the set is initialised, and `signal` is writable.
-        if unsafe { libc::sigwait(&raw const blocked.0, &raw mut signal) } == 0 {
-            on_signal(signal);
+    let wait = move || {
+        if let Err(error) = seccomp::enter(Role::Vmm) {
+            // As everywhere: it is confined, or there is no microVM.
+            exit::say(&error.to_string());
+            std::process::exit(exit::FAILED.into());
+        }
+        loop {
+            let mut signal = 0;
+            // SAFETY: the set is initialised, and `signal` is writable.
+            if unsafe { libc::sigwait(&raw const blocked.0, &raw mut signal) } == 0 {
+                on_signal(signal);
+            }
         }
     };
     vmm::thread("signals").spawn(wait).map(drop)

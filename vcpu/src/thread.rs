@@ -12,6 +12,7 @@ use kvm_ioctls::VcpuFd;
 use rustix::io::Errno;
 use rustix::process::Pid;
 use rustix::thread::sched_setaffinity;
+use seccomp::Role;
 
 use crate::exit::{Next, handle};
 use crate::kick::{self, Gate, Want};
@@ -166,14 +167,17 @@ fn open(config: VcpuConfig, fd: &VcpuFd) -> Result<(VtimeWriter, Arc<Account>), 
     let prepare = |what| move |source| VcpuError::Prepare { index, what, source };
     signal::mask().map_err(prepare("set the signal mask"))?;
     let kvm_stats = stats::open(fd).map_err(prepare("open KVM's statistics"))?;
-    Account::open(Open {
+    let opened = Account::open(Open {
         index,
         kvm_stats,
         pinned: pin,
         host,
         gtime,
     })
-    .map_err(|source| VcpuError::Account { index, source })
+    .map_err(|source| VcpuError::Account { index, source })?;
+    // Last: what comes before asks for more than a running vCPU may.
+    seccomp::enter(Role::Vcpu).map_err(prepare("confine the thread"))?;
+    Ok(opened)
 }
 
 /// All that the thread owns.

@@ -17,6 +17,7 @@ use crate::devices::i8042::KeysUnread;
 pub use crate::devices::virtio::balloon::{BalloonError, BalloonStats, HintingStart, HintingStatus};
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::net::NetError;
+use crate::host::KvmStatus;
 use crate::log::LogError;
 use crate::machine::StartError;
 use crate::metrics::MetricsError;
@@ -29,6 +30,8 @@ use crate::mmds::data::UpdateError;
 pub enum Action {
     /// `GET /`. Always legal.
     GetInfo,
+    /// For `GET /host`. Always legal; before the start, while no vCPU is disturbed by it, KVM is tried out, which takes its time.
+    GetKvm,
     /// `GET /vm/config`. Always legal.
     GetConfig,
     /// `GET /machine-config`. Always legal.
@@ -131,6 +134,8 @@ pub enum Reply {
     GuestAsked,
     /// To `GetInfo`.
     Info(Info),
+    /// To `GetKvm`.
+    Kvm(Box<KvmStatus>),
     /// To `GetConfig`.
     Config(Box<VmConfig>),
     /// To `GetMachineConfig`.

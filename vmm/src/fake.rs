@@ -15,6 +15,7 @@ use crate::devices::i8042::KeysUnread;
 use crate::devices::virtio::balloon::{Balloon, BalloonError, BalloonStats, HintingStart, HintingStatus};
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::net::{NetError, Taps};
+use crate::host::KvmStatus;
 use crate::kvm::KvmError;
 use crate::lifecycle::Lifecycle;
 use crate::log::LogError;
@@ -211,6 +212,15 @@ impl Builder for FakeBuilder {
                 mtu,
             }),
             _ => Ok(()),
+        }
+    }
+
+    /// Hardware's, as far as anybody knows.
+    fn kvm(&self, _beside: bool) -> KvmStatus {
+        KvmStatus {
+            error: None,
+            modules: vec!["kvm_amd".into()],
+            runs_stock_kernels: Some(true),
         }
     }
 

@@ -117,6 +117,7 @@ impl<B: Builder> Lifecycle<B> {
         }
         match action {
             Action::GetInfo => return Ok(Reply::Info(self.info())),
+            Action::GetKvm => return Ok(Reply::Kvm(Box::new(self.builder.kvm(self.machine().is_ok())))),
             Action::GetConfig => return Ok(Reply::Config(Box::new(self.config()))),
             Action::GetMachineConfig => return Ok(Reply::MachineConfig(self.machine_config())),
             Action::PutMachineConfig(config) => {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use accounting::Account;
+use seccomp::Role;
 
 use crate::affinity::{AffinityError, Place};
 use crate::boot::BootError;
@@ -12,6 +13,7 @@ use crate::devices::i8042::KeysUnread;
 use crate::devices::virtio::balloon::{BalloonError, BalloonStats, HintingStart, HintingStatus};
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::net::{NetError, Taps};
+use crate::host::{self, KvmStatus};
 use crate::log::LogError;
 use crate::machine::{Machine, Plan, StartError, Surroundings};
 use crate::metrics::Counters;
@@ -62,6 +64,8 @@ pub trait Builder {
     fn hold_tap(&self, interface: &NetworkInterface, taps: &mut Taps) -> Result<(), NetError>;
     /// Has the log written as asked.
     fn configure_log(&self, logger: &Logger) -> Result<(), LogError>;
+    /// What this host's KVM is good for, tried out unless a machine is `beside` it.
+    fn kvm(&self, beside: bool) -> KvmStatus;
     /// Builds a machine, held. Beside it, what the user should know.
     fn build(&self, plan: &Plan) -> Result<(Self::Machine, Vec<String>), StartError>;
 }
@@ -133,6 +137,10 @@ impl Builder for Surroundings {
         self.log.configure(logger)
     }
 
+    fn kvm(&self, beside: bool) -> KvmStatus {
+        if beside { host::kvm_at_its_word() } else { host::kvm() }
+    }
+
     fn build(&self, plan: &Plan) -> Result<(Machine, Vec<String>), StartError> {
         let output = plan.serial.as_ref().map(|serial| {
             Output::open(serial).map_err(|source| StartError::Serial {
@@ -144,6 +152,11 @@ impl Builder for Surroundings {
         let built = Machine::build(plan, self)?;
         *self.redirect.lock().expect("no holder of this lock panics") = output;
         self.serial.open_input();
+        // Last: a start may be tried again, what is allowed may not be given back. Nothing of the guest has run yet.
+        seccomp::enter(Role::Vmm).map_err(|source| StartError::Host {
+            what: "confine the VMM's thread",
+            source,
+        })?;
         Ok(built)
     }
 }

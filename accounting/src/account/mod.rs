@@ -23,7 +23,7 @@ use stamped::{Bracket, Steering};
 use take::{Closed, Taken};
 
 use crate::clock::{self, Instant, Scale};
-use crate::disturbance::{Disturbance, Placement, Watch};
+use crate::disturbance::{Disturbance, Watch};
 use crate::host::{HostCpus, tick_ns};
 use crate::ledger::{self, Ledger};
 use crate::probe::bpf::Tracked;
@@ -154,7 +154,7 @@ impl Account {
             tick_ns: tick_ns(),
             stat_unit_ns: 1_000_000_000 / clock_ticks_per_second().max(1),
             last_probes: Mutex::new(Some(last_probes)),
-            placed: Placed::new(open.pinned.filter(|_| vtime_cpu), Placement::of(tid)),
+            placed: Placed::new(open.pinned.filter(|_| vtime_cpu), tid),
             closed: OnceLock::new(),
             books: Mutex::new(Books {
                 probes,
@@ -183,7 +183,7 @@ impl Account {
         let mut probes = self.last_probes.lock().unwrap_or_else(PoisonError::into_inner).take();
         // The thread is here, so its clocks can be read; if not, it accrued nothing that anybody knows of.
         let raw = probes.as_mut().and_then(|probes| probes.read(Depth::Full).ok());
-        let moved = self.placed.left(self.tid);
+        let moved = self.placed.left();
         let (bracket, stamps) = self.instant();
         let end = Closed {
             raw: raw.unwrap_or(self.baseline),

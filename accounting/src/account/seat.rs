@@ -17,7 +17,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Account, Books, Taken};
-use crate::disturbance::{Placement, Watch};
+use crate::disturbance::{Placement, Watch, Whereabouts};
 use crate::probe::{Depth, Raw, Utime};
 use crate::split::Earlier;
 
@@ -67,21 +67,32 @@ impl Seat {
 /// assignment by whoever moves it, and by no reader. No CPU where it was put to one whose tick samples: there it has nothing
 /// to lose.
 #[derive(Debug)]
-pub(super) struct Placed(Mutex<(Option<u32>, Option<Placement>)>);
+pub(super) struct Placed {
+    first: Mutex<(Option<u32>, Option<Placement>)>,
+    /// The thread's own: it may open nothing at its end.
+    whereabouts: Option<Whereabouts>,
+}
 
 impl Placed {
-    pub(super) fn new(pinned: Option<u32>, placement: Option<Placement>) -> Self {
-        Self(Mutex::new((pinned, placement)))
+    /// Of thread `tid`, which is there.
+    pub(super) fn new(pinned: Option<u32>, tid: i32) -> Self {
+        let whereabouts = Whereabouts::of(tid);
+        let placement = whereabouts.as_ref().and_then(Whereabouts::now);
+        Self {
+            first: Mutex::new((pinned, placement)),
+            whereabouts,
+        }
     }
 
     fn set(&self, pinned: Option<u32>, placement: Option<Placement>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (pinned, placement);
+        *self.first.lock().unwrap_or_else(PoisonError::into_inner) = (pinned, placement);
     }
 
-    /// Whether thread `tid` may have been elsewhere since. In the middle of a move it may, and claims less.
-    pub(super) fn left(&self, tid: i32) -> bool {
-        match &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            (Some(cpu), Some(first)) => Placement::of(tid).is_some_and(|now| now.left(*cpu, first)),
+    /// Whether the thread may have been elsewhere since. In the middle of a move it may, and claims less.
+    pub(super) fn left(&self) -> bool {
+        let now = || self.whereabouts.as_ref()?.now();
+        match &*self.first.lock().unwrap_or_else(PoisonError::into_inner) {
+            (Some(cpu), Some(first)) => now().is_some_and(|now| now.left(*cpu, first)),
             _ => false,
         }
     }

@@ -36,7 +36,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use placement::Placement;
+pub use placement::{Placement, Whereabouts};
 pub use process::of_process;
 pub use text::{
     Cgroups, Loc, Mount, Status, TextError, parse_cfs_quota, parse_cgroup, parse_cpu_max, parse_loc, parse_migrations,

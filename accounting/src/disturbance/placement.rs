@@ -1,6 +1,8 @@
 //! Where a thread may run, and how often it has been moved: what tells, afterwards, that it was elsewhere meanwhile.
 
-use std::fs;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::text::{parse_migrations, parse_status};
@@ -15,17 +17,60 @@ pub struct Placement {
     pub migrations: Option<u64>,
 }
 
+/// Where a thread's placement is read, again and again: for whoever may open no file any more by the time he wants to know.
+#[derive(Debug)]
+pub struct Whereabouts {
+    status: File,
+    sched: Option<File>,
+}
+
+impl Whereabouts {
+    /// Of thread `tid`; `None` where it is gone.
+    #[must_use]
+    pub fn of(tid: i32) -> Option<Self> {
+        let task = Path::new("/proc/self/task").join(tid.to_string());
+        Some(Self {
+            status: File::open(task.join("status")).ok()?,
+            sched: File::open(task.join("sched")).ok(),
+        })
+    }
+
+    /// Now; `None` where the thread is gone, or the kernel does not say.
+    #[must_use]
+    pub fn now(&self) -> Option<Placement> {
+        let status = parse_status(&from_the_start(&self.status).ok()?).ok()?;
+        let sched = self.sched.as_ref().and_then(|sched| from_the_start(sched).ok());
+        Some(Placement {
+            allowed: status.allowed,
+            migrations: sched.and_then(|text| parse_migrations(&text).ok()),
+        })
+    }
+}
+
+/// All that a file of /proc says now.
+fn from_the_start(file: &File) -> io::Result<Vec<u8>> {
+    let mut text = vec![0; 4096];
+    let mut length = 0;
+    loop {
+        match file.read_at(&mut text[length..], length as u64) {
+            Ok(0) => break,
+            Ok(count) => length += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        if length == text.len() {
+            text.resize(2 * length, 0);
+        }
+    }
+    text.truncate(length);
+    Ok(text)
+}
+
 impl Placement {
     /// Of thread `tid` now; `None` where it is gone, or the kernel does not say.
     #[must_use]
     pub fn of(tid: i32) -> Option<Self> {
-        let task = Path::new("/proc/self/task").join(tid.to_string());
-        let status = parse_status(&fs::read(task.join("status")).ok()?).ok()?;
-        let sched = fs::read(task.join("sched"));
-        Some(Self {
-            allowed: status.allowed,
-            migrations: sched.ok().and_then(|text| parse_migrations(&text).ok()),
-        })
+        Whereabouts::of(tid)?.now()
     }
 
     /// The same, of a thread that was pinned while it was asleep on another CPU, if it was: it is moved once more, of its own
@@ -76,5 +121,19 @@ mod tests {
         let here = Placement::of(tid).expect("the thread is here");
         assert!(!here.allowed.is_empty());
         assert_eq!(Placement::of(i32::MAX), None);
+    }
+
+    #[test]
+    fn what_is_read_again_is_what_is_so_by_then() {
+        let moved = std::thread::spawn(|| {
+            let tid = rustix::thread::gettid().as_raw_nonzero().get();
+            let whereabouts = Whereabouts::of(tid).expect("the thread is here");
+            let before = whereabouts.now().expect("it is told").allowed;
+            let first = *before.first().expect("it runs somewhere");
+            crate::host::run_on(&CpuSet::from([first])).expect("one of its own");
+            let after = whereabouts.now().expect("it is told").allowed;
+            assert_eq!(after, CpuSet::from([first]));
+        });
+        moved.join().expect("as it should be");
     }
 }

@@ -88,9 +88,9 @@ pub struct Serve {
     /// Largest body of an API request, in bytes
     #[arg(long, value_name = "BYTES", default_value_t = 51_200)]
     pub http_api_max_payload_size: usize,
-    /// Run without a seccomp filter (always so, for now)
-    #[arg(long)]
-    pub no_seccomp: bool,
+    /// What its threads may ask of the kernel.
+    #[command(flatten)]
+    pub seccomp: Seccomp,
     /// Metadata for the guest (MMDS), from this JSON file
     #[arg(long, value_name = "FILE")]
     pub metadata: Option<PathBuf>,
@@ -169,6 +169,17 @@ pub struct Gtime {
     pub source: GtimeSource,
 }
 
+/// What the threads of a microVM may ask of the kernel.
+#[derive(Args, Debug, Default)]
+pub struct Seccomp {
+    /// Let every thread make any system call; without this flag, one that its thread has no need for ends the microVM
+    #[arg(long)]
+    pub no_seccomp: bool,
+    /// Which system calls each thread may make, from this JSON file, instead of the policy that is built in
+    #[arg(long, value_name = "FILE", conflicts_with = "no_seccomp")]
+    pub seccomp_filter: Option<PathBuf>,
+}
+
 /// The log's flags.
 #[derive(Args, Debug)]
 pub struct Log {
@@ -232,6 +243,9 @@ pub struct Run {
     /// Name of the microVM: 1 to 64 letters, digits and hyphens
     #[arg(long, default_value = DEFAULT_ID, value_parser = id)]
     pub id: String,
+    /// What its threads may ask of the kernel.
+    #[command(flatten)]
+    pub seccomp: Seccomp,
     /// Where guest time comes from.
     #[command(flatten)]
     pub gtime: Gtime,
@@ -492,6 +506,7 @@ mod tests {
             "chronovisor --api-sock /tmp/s --id i --log-path /tmp/l",
             "chronovisor --api-sock /tmp/s --config-file c.json --enable-pci",
             "chronovisor --config-file c.json --no-api --boot-timer --level Debug --show-level --show-log-origin",
+            "chronovisor --api-sock /tmp/s --seccomp-filter /tmp/f",
             "chronovisor --id i --start-time-us 1 --start-time-cpu-us 2 --parent-cpu-time-us 3 --api-sock /s",
         ];
         for line in lines {
@@ -518,7 +533,11 @@ mod tests {
             ("chronovisor --id a_b", "--id"),
             ("chronovisor --level loud", "--level"),
             ("chronovisor --api-listen here", "--api-listen"),
-            ("chronovisor --seccomp-filter f", "--seccomp-filter"),
+            ("chronovisor --no-seccomp --seccomp-filter f", "--seccomp-filter"),
+            (
+                "chronovisor run --kernel k --seccomp-filter f --no-seccomp",
+                "--seccomp-filter",
+            ),
             ("chronovisor times --count 2", "--watch"),
             ("chronovisor top --interval 99", "--interval"),
             ("chronovisor top --api-sock [", "--api-sock"),

@@ -6,8 +6,9 @@ use accounting::disturbance::{self, Disturbance};
 use axum::extract::State;
 use axum::response::Response;
 use serde::Serialize;
+use vmm::{Action, Reply};
 
-use super::{Fault, Shared, json};
+use super::{Fault, Shared, ask, json};
 use crate::host::Host;
 
 /// What is answered.
@@ -49,17 +50,15 @@ impl Shown {
 /// Between two looks at the vCPUs: what is going on shows in what grows meanwhile, and a tick in how many there were.
 const TICKS: u64 = 50;
 
-/// Nothing is read on the API's thread: trying KVM takes its time, and so do two looks. No vCPU is disturbed: where there
-/// is one, KVM is not tried.
+/// Nothing is read on the API's thread: trying KVM takes its time, and so do two looks. The VMM's tries it, which may open /dev/kvm;
+/// where there is a vCPU, which would be disturbed, it does not.
 pub(super) async fn get(State(shared): State<Shared>) -> Result<Response, Fault> {
     let started = || shared.backend.vcpus() > 0;
     let read = async || {
-        let kvm = if started() {
-            vmm::host::kvm_at_its_word
-        } else {
-            vmm::host::kvm
+        let Reply::Kvm(kvm) = ask(&shared, Action::GetKvm).await? else {
+            unreachable!("it is what was asked for")
         };
-        let host = blocking(move || Host::read(kvm())).await?;
+        let host = blocking(move || Host::read(*kvm)).await?;
         host.map_err(|error| Fault::new(format!("The host's CPUs could not be read: {error}.")))
     };
     let host = shared.host.get_or_try_init(read).await?;
@@ -101,7 +100,7 @@ mod tests {
 
     use accounting::reading::Histograms;
     use accounting::{Explained, Reading};
-    use vmm::{Action, RunState};
+    use vmm::RunState;
 
     use super::*;
     use crate::backend::fake::Fake;

@@ -321,7 +321,8 @@ async fn ask(shared: &Shared, action: Action) -> Result<Reply, Fault> {
 /// Sends an action and turns its answer into a response.
 async fn act(shared: &Shared, action: Action) -> Result<Response, Fault> {
     Ok(match ask(shared, action).await? {
-        Reply::Done | Reply::GuestAsked => StatusCode::NO_CONTENT.into_response(),
+        // KVM is told of by /host, with the rest.
+        Reply::Done | Reply::GuestAsked | Reply::Kvm(_) => StatusCode::NO_CONTENT.into_response(),
         Reply::Info(info) => json(&info),
         Reply::Config(config) => json(&*config),
         Reply::MachineConfig(config) => json(&config),

@@ -148,7 +148,12 @@ pub fn accuracy(layout: &Layout) -> Result<(PathBuf, PathBuf)> {
 
 /// The `chronovisor` program, linked into the bed, and the program of `tests/src/bin` that measures it.
 pub fn measuring(layout: &Layout, name: &str) -> Result<PathBuf> {
-    let bins = ["--package=api", "--package=tests", "--bin=chronovisor", &format!("--bin={name}")];
+    let bins = [
+        "--package=api",
+        "--package=tests",
+        "--bin=chronovisor",
+        &format!("--bin={name}"),
+    ];
     let messages = cargo_build(layout, "release", &bins)?;
     into_bed(layout, program(&messages, "chronovisor")?)?;
     program(&messages, name)

@@ -104,7 +104,9 @@ impl Disk {
         let file = Arc::clone(&self.file);
         let (tell, told) = sync_channel(1);
         // The call waits for the disk however long that takes: not on a thread of which others want something.
+        let role = seccomp::role();
         vcpu::thread("sync").spawn(move || {
+            seccomp::inherited(role);
             let result = file.sync_data();
             // First: who hears of it may want the file's lock.
             drop(file);
