@@ -20,6 +20,7 @@ use crate::cli::{Run, Serve, StartTimes};
 use crate::console::{self, Typing};
 use crate::ending::{Asked, Deed, Ending};
 use crate::exit::{self, OnReboot};
+use crate::jail::handover;
 use crate::routes::Limits;
 use crate::server::{Listeners, Server};
 use crate::socket;
@@ -168,6 +169,8 @@ fn by_flag(error: &ActionError) -> String {
 }
 
 fn launch(plan: Plan) -> Result<u8> {
+    handover::take();
+    signals::ignore_file_size_limit();
     let blocked = signals::block().context("the signals that end it cannot be blocked")?;
     let served = plan.unix.is_some() || plan.tcp.is_some();
     let server = served

@@ -218,7 +218,7 @@ fn initramfs(
     script: Option<&str>,
 ) -> Result<File> {
     let mut archive = Archive::new(BufWriter::new(memory_file("initramfs")?));
-    for dir in ["bed", "bin", "dev", "modules", "proc", "run", "sys", "tests", "tmp"] {
+    for dir in ["bed", "bin", "dev", "modules", "proc", "root", "run", "sys", "tests", "tmp"] {
         archive.dir(dir)?;
     }
     let mut add = |to: &str, permissions: u32, from: &Path| -> Result<()> {
