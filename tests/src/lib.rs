@@ -12,6 +12,7 @@ pub mod crowd;
 pub mod failure;
 pub mod flat;
 pub mod interrupts;
+pub mod jail;
 pub mod kernel;
 pub mod over;
 pub mod prometheus;
