@@ -214,28 +214,28 @@ fn what_the_caller_left_open_or_set_is_not_there() {
         assert!(!process.has_ended(), "{}", process.stderr());
     }
     let descriptors = PathBuf::from(format!("/proc/{}/fd", process.id()));
-    let mut files = BTreeSet::new();
+    let mut of_the_host = BTreeSet::new();
     for number in names(&descriptors) {
-        let Ok(target) = fs::read_link(descriptors.join(&number)) else {
+        let descriptor = descriptors.join(&number);
+        // Some come and go.
+        let Ok(target) = fs::read_link(&descriptor) else {
             continue;
         };
         assert_ne!(target, secret, "{number}");
-        if target.starts_with("/") {
-            files.insert(target.display().to_string());
+        // By a directory one can leave a root.
+        assert!(!descriptor.is_dir(), "{number}: {}", target.display());
+        if target.starts_with("/proc") && !target.starts_with("/proc/1") && target.components().count() == 3 {
+            of_the_host.insert(target.display().to_string());
         }
     }
-    // Of the host's files, two that were handed over; the rest are its own.
-    files.retain(|file| {
-        !file.starts_with("/dev/")
-            && !file.starts_with("/proc/1/")
-            && !file.starts_with(&format!("/proc/{}/", process.id()))
-    });
-    let handed = set(&["/proc/interrupts", "/proc/timer_list"]);
-    let foreign: Vec<_> = files
-        .difference(&handed)
-        .filter(|file| file.contains("secret") || file.starts_with("/proc/"))
-        .collect();
-    assert!(foreign.is_empty(), "{foreign:?}");
+    assert!(
+        of_the_host.is_subset(&set(&["/proc/interrupts", "/proc/timer_list"])),
+        "{of_the_host:?}"
+    );
+    assert!(
+        of_the_host.contains("/proc/timer_list"),
+        "readings are as good as outside: {of_the_host:?}"
+    );
     let environment = fs::read(format!("/proc/{}/environ", process.id())).expect("it runs");
     for variable in environment
         .split(|&byte| byte == 0)
@@ -459,7 +459,12 @@ fn it_is_placed_in_cgroups_of_version_1_with_the_values_given() {
         read(&cpuset.path, "cpuset.mems"),
         "inherited"
     );
-    assert_eq!(read(&own, "cgroup.procs"), process.id().to_string());
+    // Beside it, a thread of the kernel's that works for its KVM.
+    assert!(
+        read(&own, "cgroup.procs")
+            .lines()
+            .any(|pid| pid == process.id().to_string())
+    );
     drop(process);
     remove_cgroups(&[&own, &inner, inner.parent().expect("chronovisor-test")]);
 }
@@ -490,7 +495,7 @@ fn it_is_placed_in_a_cgroup_of_version_2_with_the_values_given() {
     let read = |file: &str| fs::read_to_string(own.join(file)).expect(file).trim().to_owned();
     assert_eq!(cgroup_of(process.id(), ""), format!("/chronovisor-test/{}", jail.id()));
     assert_eq!(read("cgroup.max.depth"), "3");
-    assert_eq!(read("cgroup.procs"), process.id().to_string());
+    assert!(read("cgroup.procs").lines().any(|pid| pid == process.id().to_string()));
     if has_pids {
         assert_eq!(read("pids.max"), "77");
     }
@@ -521,7 +526,6 @@ fn what_is_wrong_is_told_in_one_line_and_nothing_is_left() {
         (&["--netns", &absent], &*absent),
         (&["--netns", &text], "join network namespace"),
         (&["--bind", &absent], "Failed to canonicalize path"),
-        (&["--cgroup", "nosuch.file=1"], "nosuch"),
         (&["--cgroup-version", "2", "--cgroup", "nosuch.file=1"], "nosuch"),
         (
             &["--cgroup-version", "2", "--cgroup", "cgroup.nosuch=1"],
@@ -530,7 +534,7 @@ fn what_is_wrong_is_told_in_one_line_and_nothing_is_left() {
         (&["--cgroup-version", "2", "--cgroup", "cgroup.max.depth=deep"], "deep"),
         (&["--resource-limit", "cpu=1"], "Invalid resource argument: cpu"),
     ] {
-        let hierarchies = [Hierarchy::of("cgroup2", ""), Hierarchy::of("cgroup", "pids")];
+        let unified = Hierarchy::of("cgroup2", "");
         for more in [
             &[][..],
             &["--daemonize"],
@@ -541,8 +545,8 @@ fn what_is_wrong_is_told_in_one_line_and_nothing_is_left() {
             assert_eq!(names(&jail.base()), set(&[]), "{flags:?} {more:?}");
             wait_for_no_other(jail.id());
         }
-        for hierarchy in hierarchies.iter().flatten() {
-            assert!(!hierarchy.path.join("chronovisor").exists(), "{flags:?}");
+        if let Some(unified) = unified {
+            assert!(!unified.path.join("chronovisor").exists(), "{flags:?}");
         }
     }
     let mut without_uid = Command::new(bed::file("chronovisor"));

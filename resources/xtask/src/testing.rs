@@ -38,6 +38,21 @@ pub enum Bed {
 
 const BEDS: [Bed; 4] = [Bed::Anywhere, Bed::Kvm, Bed::NohzFull, Bed::Milan];
 
+/// Suites that start no `chronovisor`, which a jail is nothing to; and those that make their own.
+const NOT_JAILED: [&str; 11] = [
+    "kvm_dodger",
+    "kvm_example",
+    "kvm_flat",
+    "kvm_jail",
+    "kvm_setup",
+    "kvm_workloads",
+    "nohz_full_bpf",
+    "nohz_full_jail",
+    "nohz_full_laws",
+    "nohz_full_smoke",
+    "nohz_full_truth",
+];
+
 /// One at a time, for they measure time; and the output of those that pass, for they may say that they were skipped.
 const HARNESS: [&str; 2] = ["--test-threads=1", "--show-output"];
 /// A run takes minutes; in this time a hung one is given up.
@@ -96,7 +111,12 @@ pub fn test(layout: &Layout, only: Option<Bed>, jail: bool, filter: Option<&str>
     let wanted = BEDS.into_iter().filter(|&bed| only.is_none_or(|only| only == bed));
     for bed in wanted.filter(has_microvms) {
         println!("== bed {} ==", bed.name());
-        let programs: Vec<&TestProgram> = built.tests.iter().filter(|program| bed.has(program)).collect();
+        let of_jail = |program: &&TestProgram| {
+            let suite = program.suite.as_deref().unwrap_or_default();
+            !jail || !NOT_JAILED.contains(&suite)
+        };
+        let of_bed = built.tests.iter().filter(|program| bed.has(program));
+        let programs: Vec<&TestProgram> = of_bed.filter(of_jail).collect();
         let run = Run {
             layout,
             chronovisor: &built.chronovisor,
