@@ -215,3 +215,71 @@ fn environment(handover: &Handover, libraries: OsString) -> Result<Vec<OsString>
     }
     Ok(all)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(arguments: &[&str]) -> Plan {
+        Plan {
+            id: "web-1".to_owned(),
+            program: "/usr/bin/chronovisor".into(),
+            name: "chronovisor".into(),
+            base: "/srv/jailer".into(),
+            uid: 1,
+            gid: 1,
+            cgroups: cgroup::Version::Two,
+            parent_cgroup: "chronovisor".into(),
+            settings: Vec::new(),
+            netns: None,
+            new_net_ns: false,
+            new_pid_ns: false,
+            limits: args::Limits::default(),
+            binds: Vec::new(),
+            daemonize: false,
+            arguments: arguments.iter().map(OsString::from).collect(),
+        }
+    }
+
+    #[test]
+    fn the_program_is_given_its_name_and_what_the_jailer_tells_firecracker() {
+        let line = |given: &[&str]| {
+            let all = arguments(&plan(given), 7);
+            all.iter()
+                .map(|word| word.to_str().unwrap().to_owned())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        let served = line(&["--api-sock", "/s"]);
+        let begins = "/chronovisor --id web-1 --start-time-us 7 --start-time-cpu-us 0 --parent-cpu-time-us ";
+        assert!(
+            served.starts_with(begins) && served.ends_with(" --api-sock /s"),
+            "{served}"
+        );
+        assert_eq!(
+            line(&["run", "--kernel", "k"]),
+            "/chronovisor run --id web-1 --kernel k"
+        );
+        assert_eq!(line(&["check", "--json"]), "/chronovisor check --json");
+        assert!(line(&[]).starts_with(begins));
+    }
+
+    #[test]
+    fn what_says_that_somebody_is_in_there_is_believed_of_who_has_that_root_only() {
+        let scratch = crate::scratch::Scratch::new();
+        let root = undo::open_real(&scratch.path("")).unwrap();
+        let file = Path::new("chronovisor.pid");
+        assert_eq!(inmate(&root, file), None);
+        let this = std::process::id();
+        for text in ["", "no number", "0", "-1", &this.to_string()] {
+            fs::write(scratch.path(file), text).unwrap();
+            assert_eq!(inmate(&root, file), None, "{text}");
+        }
+        // This process has this root.
+        let root = undo::open_real(Path::new("/proc/self/root/")).unwrap();
+        let link = scratch.path("link");
+        std::os::unix::fs::symlink(scratch.path(file), &link).unwrap();
+        assert_eq!(inmate(&root, &scratch.path(file)), Some(this));
+        assert_eq!(inmate(&root, &link), None, "by a link it is somebody else's word");
+    }
+}
