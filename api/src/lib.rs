@@ -17,6 +17,7 @@ mod figures;
 pub mod fleet;
 mod heap;
 mod host;
+mod jail;
 mod line;
 mod log;
 mod places;
@@ -74,6 +75,7 @@ fn command() -> u8 {
         Some(Command::Top(args)) => top::top(args),
         Some(Command::Check(args)) => check::check(&args),
         Some(Command::Exporter(args)) => exporter::export(*args),
+        Some(Command::Jail(args)) => jail::jail(*args),
         None => run::serve(cli.serve),
     };
     result.unwrap_or_else(|error| {

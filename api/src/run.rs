@@ -20,6 +20,7 @@ use crate::cli::{Run, Seccomp, Serve, StartTimes, Tcp};
 use crate::console::{self, Typing};
 use crate::ending::{Asked, Deed, Ending};
 use crate::exit::{self, OnReboot};
+use crate::jail::handover;
 use crate::routes::Limits;
 use crate::server::{Listeners, Server};
 use crate::socket::{self, Reach};
@@ -188,6 +189,8 @@ fn by_flag(error: &ActionError) -> String {
 
 fn launch(plan: Plan) -> Result<u8> {
     seccomp::choose(plan.policy);
+    handover::take();
+    signals::ignore_file_size_limit();
     let blocked = signals::block().context("the signals that end it cannot be blocked")?;
     let served = plan.unix.is_some() || plan.tcp.api_listen.is_some();
     let server = served

@@ -43,6 +43,13 @@ pub fn block() -> io::Result<Blocked> {
     }
 }
 
+/// A write beyond the largest file that this process may write (`RLIMIT_FSIZE`) fails, as on a full disk, and does not end it
+/// (SIGXFSZ): the guest gets an I/O error, the log loses a line.
+pub fn ignore_file_size_limit() {
+    // SAFETY: ignoring a signal runs no handler; the number is a signal's, so it cannot fail.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 fn is_ignored(signal: c_int) -> io::Result<bool> {
     let mut old = MaybeUninit::<libc::sigaction>::uninit();
     // SAFETY: no new action is given; the old one is written whole where the call succeeds.

@@ -63,6 +63,24 @@ pub fn milan() -> Result<(), String> {
     Err("this host's CPU is no Milan of AMD's".into())
 }
 
+/// Ends the calling test, in one line that `cargo xtask test --jail` counts, where microVMs are in a jail: this one cannot be in
+/// there, for the reason given.
+#[macro_export]
+macro_rules! require_no_jail {
+    ($why:literal) => {
+        if $crate::bed::jailed() {
+            $crate::bed::skipped("jail", $why);
+            return;
+        }
+    };
+}
+
+/// Whether what the tests start as `chronovisor` is in a jail: `resources/jailed`.
+#[must_use]
+pub fn jailed() -> bool {
+    std::env::var_os("CHRONOVISOR_JAILED").is_some()
+}
+
 /// A file of the bed by name: `chronovisor`, `vmlinux`, `bzImage`, `guest.cpio`.
 ///
 /// # Panics
@@ -70,7 +88,10 @@ pub fn milan() -> Result<(), String> {
 #[must_use]
 pub fn file(name: &str) -> PathBuf {
     let folder = std::env::var_os("CHRONOVISOR_BED").map_or_else(|| PathBuf::from("/bed"), PathBuf::from);
-    let path = folder.join(name);
+    let path = match name {
+        "chronovisor" if jailed() => folder.join("jailed"),
+        name => folder.join(name),
+    };
     assert!(
         path.exists(),
         "{} is missing: run the tests by `cargo xtask test`",

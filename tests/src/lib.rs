@@ -17,6 +17,7 @@ pub mod fleet;
 pub mod flood;
 pub mod footprint;
 pub mod interrupts;
+pub mod jail;
 pub mod kernel;
 pub mod memory;
 pub mod over;

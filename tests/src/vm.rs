@@ -131,6 +131,14 @@ impl Process {
         rustix::process::kill_process(pid, signal).expect("it is there");
     }
 
+    /// Whether it has ended.
+    ///
+    /// # Panics
+    /// When it is another's.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("it is ours").is_some()
+    }
+
     /// Waits for its end and gives its status, and all it said.
     ///
     /// # Panics

@@ -200,6 +200,7 @@ fn median(mut times: Vec<Duration>) -> Duration {
 #[test]
 fn the_go_clients_calls_are_answered_within_its_patience() {
     require_bed!(kvm);
+    tests::require_no_jail!("its client's patience is for a bare start");
     if let Err(why) = taps() {
         return bed::skipped("kvm", &why);
     }

@@ -80,6 +80,7 @@ fn unavailable(vm: &Vm, source: Source) -> Option<String> {
 #[test]
 fn readings_are_by_the_source_asked_for_or_the_next_and_say_why() {
     require_bed!(kvm);
+    tests::require_no_jail!("BPF takes capabilities that a jail has not");
     let host = Host::find_out();
     for (word, first) in [
         ("auto", Source::Bpf),
@@ -141,6 +142,7 @@ const NO_PRIVILEGE: &str = "it takes root in the initial user namespace, or CAP_
 #[test]
 fn without_the_privilege_auto_takes_the_next_source_and_says_what_lacks() {
     require_bed!(kvm);
+    tests::require_no_jail!("BPF takes capabilities that a jail has not");
     let host = Host::find_out();
     without_bpf_privilege(|| {
         let next = host.best(Source::Vtime);
@@ -160,6 +162,7 @@ fn without_the_privilege_auto_takes_the_next_source_and_says_what_lacks() {
 #[test]
 fn source_bpf_asked_for_by_name_without_the_privilege_starts_with_a_warning() {
     require_bed!(kvm);
+    tests::require_no_jail!("BPF takes capabilities that a jail has not");
     let host = Host::find_out();
     without_bpf_privilege(|| {
         let mut vm = host.run("bpf", host.best(Source::Vtime));

@@ -31,6 +31,7 @@ fn own_network() -> Result<(), String> {
 #[test]
 fn what_the_host_gives_a_tap_between_its_configuration_and_the_start_is_there_while_the_guest_runs() {
     require_bed!(kvm);
+    tests::require_no_jail!("making a tap takes a capability that a jail has not");
     // This thread is left there: there is no other test in this program.
     if let Err(why) = own_network() {
         return bed::skipped("kvm", &why);

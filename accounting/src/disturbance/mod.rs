@@ -27,6 +27,7 @@
 
 mod placement;
 mod process;
+mod system_file;
 mod text;
 mod tick;
 mod watch;
@@ -38,6 +39,7 @@ use serde::{Deserialize, Serialize};
 
 pub use placement::{Placement, Whereabouts};
 pub use process::of_process;
+pub use system_file::SystemFile;
 pub use text::{
     Cgroups, Loc, Mount, Status, TextError, parse_cfs_quota, parse_cgroup, parse_cpu_max, parse_loc, parse_migrations,
     parse_mountinfo, parse_status, parse_tick_stopped, parse_timers,

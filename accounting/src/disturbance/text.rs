@@ -223,7 +223,13 @@ pub fn parse_mountinfo(text: &[u8]) -> Result<Vec<Mount>, TextError> {
             b"cgroup" if options.split(|&b| b == b',').any(|option| option == b"cpu") => false,
             _ => continue,
         };
-        let (root, point) = (unescape(root)?, unescape(point)?);
+        let (mut root, mut point) = (unescape(root)?, unescape(point)?);
+        // Where no more is to be seen of a cgroup, its quota alone is mounted.
+        let quota = if v2 { "cpu.max" } else { "cpu.cfs_quota_us" };
+        if root.ends_with(quota) && point.ends_with(quota) {
+            root.pop();
+            point.pop();
+        }
         mounts.push(Mount { v2, root, point });
     }
     Ok(mounts)

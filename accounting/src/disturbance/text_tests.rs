@@ -218,3 +218,19 @@ proptest! {
         parse_all(&damaged);
     }
 }
+
+#[test]
+fn a_quota_that_is_mounted_alone_shows_its_cgroup() {
+    let mountinfo = b"40 30 0:26 /a/b/cpu.max /sys/fs/cgroup/a/b/cpu.max ro - cgroup2 cgroup2 rw\n\
+        41 30 0:27 /c/cpu.cfs_quota_us /sys/fs/cgroup/cpu/c/cpu.cfs_quota_us ro - cgroup cgroup rw,cpu\n";
+    let mounts = parse_mountinfo(mountinfo).expect("two mounts");
+    assert_eq!(
+        mounts[0].directories("/a/b".as_ref())[..1],
+        [Path::new("/sys/fs/cgroup/a/b")]
+    );
+    assert_eq!(
+        mounts[1].directories("/c".as_ref()),
+        [Path::new("/sys/fs/cgroup/cpu/c")]
+    );
+    assert!(mounts[0].directories("/c".as_ref()).is_empty());
+}

@@ -1,11 +1,12 @@
 //! One vCPU thread, watched for what disturbs it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::process::of_task;
+use super::system_file::SystemFile;
 use super::text::{parse_loc, parse_migrations, parse_status, parse_tick_stopped};
 use super::tick::{Sample, TickWatch};
 use super::{Disturbance, Status};
@@ -224,7 +225,7 @@ impl Watch {
             return None;
         }
         let is_known = known.iter().any(Disturbance::keeps_tick);
-        let loc = fs::read("/proc/interrupts");
+        let loc = SystemFile::Interrupts.read();
         let Some(loc) = loc.ok().and_then(|text| parse_loc(&text, cpu).ok()) else {
             self.findings.tick_stopped = None;
             return None;
@@ -250,7 +251,7 @@ impl Watch {
 /// without being tickless.
 fn tick_runs(tid: i32, cpu: u32) -> Option<bool> {
     let clock = ThreadClock::new(tid, Which::Sched);
-    let list = File::open("/proc/timer_list").ok()?;
+    let list = SystemFile::TimerList.open().ok()?;
     let (begun, before_ns) = (Instant::now(), clock.read_ns().ok()?);
     let lines = BufReader::new(list).split(b'\n').map_while(Result::ok);
     let stopped = parse_tick_stopped(lines, cpu).ok()?;

@@ -65,6 +65,9 @@ pub enum Command {
     /// Serve the figures of all microVMs of this machine to Prometheus
     #[command(after_help = crate::exporter::HELP)]
     Exporter(Box<crate::exporter::Exporter>),
+    /// Run a microVM in a jail: as another user, in a root of its own
+    #[command(after_help = crate::jail::HELP)]
+    Jail(Box<crate::jail::Jail>),
 }
 
 /// Server mode: Firecracker's flags.

@@ -218,7 +218,9 @@ fn initramfs(
     script: Option<&str>,
 ) -> Result<File> {
     let mut archive = Archive::new(BufWriter::new(memory_file("initramfs")?));
-    for dir in ["bed", "bin", "dev", "modules", "proc", "run", "sys", "tests", "tmp"] {
+    for dir in [
+        "bed", "bin", "dev", "modules", "proc", "root", "run", "sys", "tests", "tmp",
+    ] {
         archive.dir(dir)?;
     }
     let mut add = |to: &str, permissions: u32, from: &Path| -> Result<()> {
@@ -228,6 +230,7 @@ fn initramfs(
     add("init", 0o755, &layout.root.join("resources/host/init"))?;
     add("bin/busybox", 0o755, &kit.busybox)?;
     add("bed/chronovisor", 0o755, chronovisor)?;
+    add("bed/jailed", 0o755, &layout.jailed())?;
     add("bed/bzImage", 0o644, &kit.bzimage)?;
     add("bed/vmlinux", 0o644, &kit.vmlinux)?;
     add("bed/guest.cpio", 0o644, &kit.initramfs)?;

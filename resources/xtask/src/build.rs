@@ -186,10 +186,11 @@ pub fn unit_test(layout: &Layout, package: &str, test: &str) -> Command {
     command
 }
 
-/// Links the program into the folder where tests look for it.
+/// Links the program into the folder where tests look for it, beside what they start in its place where it is to be in a jail.
 fn into_bed(layout: &Layout, program: PathBuf) -> Result<PathBuf> {
     let link = layout.bed().join("chronovisor");
     fs::create_dir_all(layout.bed())?;
+    fs::copy(layout.jailed(), layout.bed().join("jailed"))?;
     if fs::read_link(&link).is_ok_and(|to| to == program) {
         return Ok(program);
     }

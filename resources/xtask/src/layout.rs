@@ -36,6 +36,11 @@ impl Layout {
         })
     }
 
+    /// What tests start in place of `chronovisor` where it is to be in a jail.
+    pub fn jailed(&self) -> PathBuf {
+        self.root.join("resources/jailed")
+    }
+
     /// What is made here and kept: downloads, the kernel, the guest's initramfs. Safe to remove at any time.
     pub fn kept(&self) -> PathBuf {
         self.target.join("chronovisor")

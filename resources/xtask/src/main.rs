@@ -78,6 +78,11 @@ enum Task {
         /// This bed's tests only
         #[arg(long)]
         bed: Option<testing::Bed>,
+        /// With every microVM in a jail, where there are any: on the beds kvm, nohz-full and milan
+        ///
+        /// What cannot be in one is skipped by name. As root.
+        #[arg(long)]
+        jail: bool,
         /// Tests whose names contain this only
         filter: Option<String>,
     },
@@ -170,8 +175,8 @@ fn run(task: Task) -> Result<u8> {
             Ok(DONE)
         }
         Task::Demo => demo::demo(&layout).map(|()| DONE),
-        Task::Test { bed, filter } => {
-            let all_well = testing::test(&layout, bed, filter.as_deref())?;
+        Task::Test { bed, jail, filter } => {
+            let all_well = testing::test(&layout, bed, jail, filter.as_deref())?;
             Ok(if all_well { DONE } else { FAILED })
         }
         Task::QuickStart => quick_start::quick_start(&layout).map(|()| DONE),

@@ -38,6 +38,21 @@ pub enum Bed {
 
 const BEDS: [Bed; 4] = [Bed::Anywhere, Bed::Kvm, Bed::NohzFull, Bed::Milan];
 
+/// Suites that start no `chronovisor`, which a jail is nothing to; and those that make their own.
+const NOT_JAILED: [&str; 11] = [
+    "kvm_dodger",
+    "kvm_example",
+    "kvm_flat",
+    "kvm_jail",
+    "kvm_setup",
+    "kvm_workloads",
+    "nohz_full_bpf",
+    "nohz_full_jail",
+    "nohz_full_laws",
+    "nohz_full_smoke",
+    "nohz_full_truth",
+];
+
 /// One at a time, for they measure time; and the output of those that pass, for they may say that they were skipped.
 const HARNESS: [&str; 2] = ["--test-threads=1", "--show-output"];
 /// A run takes minutes; in this time a hung one is given up.
@@ -68,8 +83,16 @@ impl Bed {
     }
 }
 
-/// Runs the tests of `only`, or of all beds, whose names contain `filter`. True if none failed.
-pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<bool> {
+/// Runs the tests of `only`, or of all beds, whose names contain `filter`, with microVMs in a `jail` or without. True if none failed.
+pub fn test(layout: &Layout, only: Option<Bed>, jail: bool, filter: Option<&str>) -> Result<bool> {
+    if jail {
+        anyhow::ensure!(
+            rustix::process::geteuid().is_root(),
+            "--jail: a jail is made by root: run it as root"
+        );
+        // What the tests write, the jail's user reads and writes.
+        rustix::process::umask(rustix::fs::Mode::empty());
+    }
     // What needs the guest, or QEMU, says so where it lacks: the other tests need neither.
     let kit = debian::install_missing().and_then(|()| setup::setup(layout));
     let on_kvm = only.is_none_or(|only| only == Bed::Kvm);
@@ -84,14 +107,22 @@ pub fn test(layout: &Layout, only: Option<Bed>, filter: Option<&str>) -> Result<
     };
     let built = build::everything(layout)?;
     let mut tallies = Vec::new();
-    for bed in BEDS.into_iter().filter(|&bed| only.is_none_or(|only| only == bed)) {
+    let has_microvms = |bed: &Bed| !jail || *bed != Bed::Anywhere;
+    let wanted = BEDS.into_iter().filter(|&bed| only.is_none_or(|only| only == bed));
+    for bed in wanted.filter(has_microvms) {
         println!("== bed {} ==", bed.name());
-        let programs: Vec<&TestProgram> = built.tests.iter().filter(|program| bed.has(program)).collect();
+        let of_jail = |program: &&TestProgram| {
+            let suite = program.suite.as_deref().unwrap_or_default();
+            !jail || !NOT_JAILED.contains(&suite)
+        };
+        let of_bed = built.tests.iter().filter(|program| bed.has(program));
+        let programs: Vec<&TestProgram> = of_bed.filter(of_jail).collect();
         let run = Run {
             layout,
             chronovisor: &built.chronovisor,
             programs: &programs,
             installed: &installed,
+            jail,
             filter,
         };
         let tally = match bed {
@@ -159,6 +190,8 @@ struct Run<'a> {
     programs: &'a [&'a TestProgram],
     /// What tests drive and this project does not build: the variable that says where it is, and where, or why it is not.
     installed: &'a [(&'static str, Result<PathBuf>)],
+    /// Whether microVMs are in a jail.
+    jail: bool,
     filter: Option<&'a str>,
 }
 
@@ -235,6 +268,9 @@ impl Run<'_> {
         }
         let path = |program: &TestProgram| format!("tests/{}", program.suite.as_deref().unwrap_or(&program.name));
         let mut script = "cd /tests\n".to_owned();
+        if self.jail {
+            script += "umask 000\nexport CHRONOVISOR_JAILED=1\n";
+        }
         for program in self.programs {
             let filter = self
                 .filter
@@ -323,6 +359,9 @@ impl Run<'_> {
             .current_dir(&program.package)
             .env("CARGO_MANIFEST_DIR", &program.package);
         command.env("CHRONOVISOR_BED", self.layout.bed()).stdin(Stdio::null());
+        if self.jail {
+            command.env("CHRONOVISOR_JAILED", "1");
+        }
         for (name, path) in self.installed {
             match path {
                 Ok(path) => command.env(name, path),

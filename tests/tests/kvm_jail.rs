@@ -1,0 +1,694 @@
+//! `chronovisor jail`: what the program in it may do and see, as the host sees it; and that a start that fails leaves nothing.
+//!
+//! The program is chronovisor itself, with a guest that spins.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::process::Signal;
+use rustix::thread::{UnshareFlags, gettid, unshare_unsafe};
+use tests::bed::{self, Folder};
+use tests::failure::command_fails;
+use tests::flat::Program;
+use tests::jail::{GID, Jail, UID, processes_with, without};
+use tests::require_bed;
+use tests::vm::Process;
+
+/// Ends the calling test, in one line that is counted, unless a jail can be made here.
+macro_rules! require_jail {
+    () => {
+        require_bed!(kvm);
+        if let Err(why) = lacking() {
+            return bed::skipped("kvm", &why);
+        }
+    };
+}
+
+fn lacking() -> Result<(), String> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("only root can make a jail".to_owned());
+    }
+    match Command::new("/proc/self/exe").arg("--list").in_new_mounts().output() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("no mount namespace: {error}")),
+    }
+}
+
+/// What a container may forbid.
+trait InNewMounts {
+    fn in_new_mounts(&mut self) -> &mut Self;
+}
+
+impl InNewMounts for Command {
+    #[expect(unsafe_code, reason = "pre_exec")]
+    fn in_new_mounts(&mut self) -> &mut Self {
+        use std::os::unix::process::CommandExt;
+        // SAFETY: one system call, in a child that shares nothing that it takes away.
+        unsafe { self.pre_exec(|| Ok(unshare_unsafe(UnshareFlags::NEWNS)?)) }
+    }
+}
+
+/// The field `name` of `/proc/PID/status`.
+fn status(pid: u32, name: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.expect("a field").split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn namespace(pid: &str, which: &str) -> PathBuf {
+    fs::read_link(format!("/proc/{pid}/ns/{which}")).expect("it runs")
+}
+
+fn names(directory: &Path) -> BTreeSet<String> {
+    let entries = fs::read_dir(directory).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
+    entries
+        .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
+fn set(names: &[&str]) -> BTreeSet<String> {
+    names.iter().map(|&name| name.to_owned()).collect()
+}
+
+#[test]
+fn the_program_is_the_given_user_with_no_capability_and_no_way_to_gain_one() {
+    require_jail!();
+    let jail = Jail::new(&Program::spin_forever());
+    let process = jail.start(&[]);
+    let pid = process.id();
+    assert_eq!(status(pid, "Uid"), [UID; 4].map(|uid| uid.to_string()).join(" "));
+    assert_eq!(status(pid, "Gid"), [GID; 4].map(|gid| gid.to_string()).join(" "));
+    assert_eq!(status(pid, "Groups"), "");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(status(pid, set), "0".repeat(16), "{set}");
+    }
+    assert_eq!(status(pid, "NoNewPrivs"), "1");
+    assert_eq!(pid, jail.pid(), "it is the process that was started");
+    // And readings are made.
+    let readings = jail.ask("GET", "/vcpus", None).expect("it serves").body;
+    assert!(readings[0]["modes"].is_object(), "{readings}");
+}
+
+#[test]
+fn even_root_has_no_capability_in_it() {
+    require_jail!();
+    let jail = Jail::new(&Program::spin_forever());
+    let mut command = jail.guest(&[]);
+    let arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+    let mut as_root = Command::new(command.get_program());
+    let user = UID.to_string();
+    as_root.args(arguments.iter().map(|argument| {
+        if *argument == *user {
+            "0".into()
+        } else {
+            argument.clone()
+        }
+    }));
+    command = as_root;
+    let mut process = Process::spawn(command);
+    while jail.ask("GET", "/", None).is_err() {
+        assert!(!process.has_ended(), "{}", process.stderr());
+    }
+    assert_eq!(status(process.id(), "Uid"), "0 0 0 0");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(status(process.id(), set), "0".repeat(16), "{set}");
+    }
+}
+
+#[test]
+fn it_sees_what_is_listed_and_nothing_else_and_the_host_sees_no_mount_of_it() {
+    require_jail!();
+    let jail = Jail::new(&Program::spin_forever());
+    let before = fs::read_to_string("/proc/self/mountinfo").expect("procfs");
+    let shown = Folder::new();
+    shown.write("file", "seen");
+    let bind = format!("{}:/a/b", shown.path().display());
+    let process = jail.start(&["--bind", &bind, "--bind", "/dev/zero:/dev/zero:ro"]);
+    let root = PathBuf::from(format!("/proc/{}/root", process.id()));
+    assert_eq!(
+        names(&root)
+            .difference(&set(&["lib64", "usr"]))
+            .cloned()
+            .collect::<BTreeSet<_>>(),
+        set(&[
+            "a",
+            "chronovisor",
+            "chronovisor.pid",
+            "dev",
+            "kernel",
+            "proc",
+            "run",
+            "sys"
+        ])
+    );
+    assert_eq!(
+        names(&root.join("dev")),
+        set(&["kvm", "net", "null", "urandom", "zero"])
+    );
+    assert_eq!(names(&root.join("dev/net")), set(&["tun"]));
+    assert_eq!(names(&root.join("run")), set(&["chronovisor.socket"]));
+    let sys = names(&root.join("sys"));
+    assert!(sys.is_subset(&set(&["devices", "fs", "kernel", "module"])), "{sys:?}");
+    assert_eq!(names(&root.join("sys/devices/system")), set(&["cpu"]));
+    // Of /proc its own processes only; of files that tell of the host none.
+    for name in names(&root.join("proc")) {
+        assert!(
+            name.parse::<u32>().is_ok() || ["self", "thread-self"].contains(&&*name),
+            "/proc/{name}"
+        );
+    }
+    assert_eq!(fs::read_to_string(root.join("a/b/file")).expect("it was shown"), "seen");
+
+    for (path, mode, uid) in [
+        ("dev/kvm", 0o600, UID),
+        ("dev/net/tun", 0o600, UID),
+        ("", 0o700, UID),
+        ("run", 0o700, UID),
+        ("dev", 0o755, 0),
+        ("chronovisor", 0o555, 0),
+        ("chronovisor.pid", 0o444, 0),
+    ] {
+        let metadata = fs::metadata(root.join(path)).expect(path);
+        assert_eq!((metadata.mode() & 0o7777, metadata.uid()), (mode, uid), "{path}");
+    }
+
+    // No mount of it may be written, but for its directory and what was shown to be; none has devices but /dev, and what is one.
+    let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", process.id())).expect("it runs");
+    let mut points = BTreeSet::new();
+    for line in mounts.lines() {
+        let fields: Vec<_> = line.split(' ').collect();
+        let (point, flags) = (fields[4], fields[5].split(',').collect::<Vec<_>>());
+        points.insert(point.to_owned());
+        assert!(flags.contains(&"nosuid"), "{line}");
+        assert!(flags.contains(&"ro") || ["/", "/a/b"].contains(&point), "{line}");
+        assert!(flags.contains(&"noexec") || point == "/", "{line}");
+        assert!(
+            flags.contains(&"nodev") || ["/", "/dev", "/dev/zero"].contains(&point),
+            "{line}"
+        );
+    }
+    let expected = ["/", "/dev", "/proc", "/sys", "/kernel", "/a/b", "/dev/zero"];
+    points.retain(|point| !point.starts_with("/sys/"));
+    assert_eq!(points, set(&expected), "{mounts}");
+    assert_eq!(fs::read_to_string("/proc/self/mountinfo").expect("procfs"), before);
+}
+
+#[test]
+fn what_the_caller_left_open_or_set_is_not_there() {
+    require_jail!();
+    let jail = Jail::new(&Program::spin_forever());
+    let secret = jail.base().with_file_name("secret");
+    fs::write(&secret, "secret").expect("a file");
+    let guest = jail.guest(&[]);
+    let mut leaky = Command::new("sh");
+    leaky
+        .args(["-c", "exec 3<\"$SECRET\" 9<\"$SECRET\" && exec \"$0\" \"$@\""])
+        .env("SECRET", &secret);
+    leaky.arg(guest.get_program()).args(guest.get_args());
+    let mut process = Process::spawn(leaky);
+    while jail.ask("GET", "/", None).is_err() {
+        assert!(!process.has_ended(), "{}", process.stderr());
+    }
+    let descriptors = PathBuf::from(format!("/proc/{}/fd", process.id()));
+    let mut of_the_host = BTreeSet::new();
+    for number in names(&descriptors) {
+        let descriptor = descriptors.join(&number);
+        // Some come and go.
+        let Ok(target) = fs::read_link(&descriptor) else {
+            continue;
+        };
+        assert_ne!(target, secret, "{number}");
+        // By a directory one can leave a root.
+        assert!(!descriptor.is_dir(), "{number}: {}", target.display());
+        if target.starts_with("/proc") && !target.starts_with("/proc/1") && target.components().count() == 3 {
+            of_the_host.insert(target.display().to_string());
+        }
+    }
+    assert!(
+        of_the_host.is_subset(&set(&["/proc/interrupts", "/proc/timer_list"])),
+        "{of_the_host:?}"
+    );
+    assert!(
+        of_the_host.contains("/proc/timer_list"),
+        "readings are as good as outside: {of_the_host:?}"
+    );
+    let environment = fs::read(format!("/proc/{}/environ", process.id())).expect("it runs");
+    for variable in environment
+        .split(|&byte| byte == 0)
+        .filter(|variable| !variable.is_empty())
+    {
+        let variable = String::from_utf8_lossy(variable);
+        assert!(
+            variable.starts_with("LISTEN_") || variable.starts_with("LD_LIBRARY_PATH="),
+            "{variable}"
+        );
+    }
+}
+
+#[test]
+fn its_namespaces_are_those_asked_for() {
+    require_jail!();
+    let jail = Jail::new(&Program::spin_forever());
+    let process = jail.start(&[]);
+    let pid = process.id().to_string();
+    assert_ne!(namespace(&pid, "mnt"), namespace("self", "mnt"));
+    for which in ["net", "pid"] {
+        assert_eq!(namespace(&pid, which), namespace("self", which));
+    }
+    drop(process);
+
+    let jail = Jail::new(&Program::spin_forever());
+    let process = jail.start(&["--new-net-ns"]);
+    assert_ne!(namespace(&process.id().to_string(), "net"), namespace("self", "net"));
+    drop(process);
+
+    // One that a thread of this process is in.
+    let (there, name) = std::sync::mpsc::channel();
+    let (go, gone) = std::sync::mpsc::channel::<()>();
+    let holder = std::thread::spawn(move || {
+        // SAFETY: a network namespace of its own takes nothing from the thread that memory or descriptors rely on.
+        #[expect(unsafe_code, reason = "unshare")]
+        unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace");
+        let tid = gettid().as_raw_nonzero();
+        there
+            .send(format!("{}/task/{tid}", std::process::id()))
+            .expect("it waits");
+        let _ = gone.recv();
+    });
+    let name = name.recv().expect("it has one");
+    let jail = Jail::new(&Program::spin_forever());
+    let process = jail.start(&["--netns", &format!("/proc/{name}/ns/net")]);
+    assert_eq!(namespace(&process.id().to_string(), "net"), namespace(&name, "net"));
+    assert_ne!(namespace(&name, "net"), namespace("self", "net"));
+    drop((process, go));
+    holder.join().expect("it ends");
+
+    let jail = Jail::new(&Program::spin_forever());
+    let behind = jail.start_behind(&["--new-pid-ns"]);
+    assert_ne!(namespace(&behind.pid.to_string(), "pid"), namespace("self", "pid"));
+    assert_eq!(status(behind.pid, "NSpid"), format!("{} 1", behind.pid));
+    // SIGTERM is heard, though process 1 of a namespace has no default for it.
+    let vm = rustix::process::Pid::from_raw(i32::try_from(behind.pid).expect("a pid")).expect("a pid");
+    for _ in 0..2 {
+        let _ = rustix::process::kill_process(vm, Signal::TERM);
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    let begun = std::time::Instant::now();
+    while behind.is_there() {
+        assert!(begun.elapsed() < tests::vm::PATIENCE, "it does not end");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_daemon_is_in_a_session_of_its_own_with_nothing_to_say() {
+    require_jail!();
+    for flags in [&["--daemonize"][..], &["--daemonize", "--new-pid-ns"]] {
+        let jail = Jail::new(&Program::spin_forever());
+        let behind = jail.start_behind(flags);
+        let stat = fs::read_to_string(format!("/proc/{}/stat", behind.pid)).expect("it runs");
+        let (_, fields) = stat.rsplit_once(") ").expect("a name");
+        let fields: Vec<&str> = fields.split(' ').collect();
+        let this = fs::read_to_string("/proc/self/stat").expect("procfs");
+        let this: Vec<&str> = this.rsplit_once(") ").expect("a name").1.split(' ').collect();
+        // state ppid pgrp session tty_nr
+        assert_ne!(fields[1], std::process::id().to_string(), "it is nobody's child");
+        assert_ne!(fields[3], this[3], "{flags:?}");
+        assert_ne!(
+            fields[3],
+            behind.pid.to_string(),
+            "it leads no session, so no terminal becomes its own"
+        );
+        assert_eq!(fields[4], "0", "it has no terminal");
+        for number in 0..3 {
+            let path = fs::read_link(format!("/proc/{}/fd/{number}", behind.pid)).expect("it is open");
+            assert_eq!(path, Path::new("/dev/null"), "{number}");
+        }
+        let pid = jail.id().to_owned();
+        drop(behind);
+        assert_eq!(processes_with(&pid), 0, "nobody else is left");
+    }
+}
+
+#[test]
+fn its_resources_are_limited_and_the_largest_file_ends_no_microvm() {
+    require_jail!();
+    let limit = |pid: u32, name: &str| {
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("it runs");
+        let line = limits
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .expect("a limit");
+        line.split_whitespace().take(2).collect::<Vec<_>>().join(" ")
+    };
+    let jail = Jail::new(&Program::spin_forever());
+    let process = jail.start(&[]);
+    assert_eq!(limit(process.id(), "Max open files"), "2048 2048");
+    assert_eq!(limit(process.id(), "Max file size"), "unlimited unlimited");
+    drop(process);
+
+    let jail = Jail::new(&Program::spin_forever());
+    let flags = ["--resource-limit", "fsize=64", "--resource-limit", "no-file=256"];
+    let mut process = jail.start(&flags);
+    assert_eq!(limit(process.id(), "Max open files"), "256 256");
+    assert_eq!(limit(process.id(), "Max file size"), "64 64");
+    drop(process);
+    // A line of metrics is longer.
+    let jail = Jail::new(&Program::spin_forever());
+    let arguments = ["--api-sock", "/run/chronovisor.socket", "--metrics-path", "/metrics"];
+    process = Process::spawn(jail.command(&flags, &arguments));
+    while jail.ask("GET", "/", None).is_err() {
+        assert!(!process.has_ended(), "{}", process.stderr());
+    }
+    let put = |path: &str, body: &str| jail.ask("PUT", path, Some(body)).expect("it answers");
+    assert_eq!(put("/boot-source", r#"{"kernel_image_path": "/kernel"}"#).status, 204);
+    assert_eq!(put("/actions", r#"{"action_type": "InstanceStart"}"#).status, 204);
+    let flush = put("/actions", r#"{"action_type": "FlushMetrics"}"#);
+    assert_eq!(
+        jail.ask("GET", "/", None).expect("it answers").body["state"],
+        "Running",
+        "{flush:?}"
+    );
+    assert!(fs::metadata(jail.root().join("metrics")).expect("they are there").len() <= 64);
+}
+
+/// A hierarchy of `kind`, with what is said of it in `options`: one that is mounted, or mounted for the test.
+struct Hierarchy {
+    path: PathBuf,
+    ours: Option<Folder>,
+}
+
+impl Hierarchy {
+    fn of(kind: &str, option: &str) -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/self/mounts").expect("procfs");
+        for line in mounts.lines() {
+            let fields: Vec<_> = line.split(' ').collect();
+            if fields[2] == kind && (option.is_empty() || fields[3].split(',').any(|has| has == option)) {
+                return Some(Self {
+                    path: fields[1].into(),
+                    ours: None,
+                });
+            }
+        }
+        let folder = Folder::new();
+        let options = std::ffi::CString::new(option).expect("no NUL");
+        mount("none", folder.path(), kind, MountFlags::empty(), &*options).ok()?;
+        Some(Self {
+            path: folder.path().to_owned(),
+            ours: Some(folder),
+        })
+    }
+}
+
+impl Drop for Hierarchy {
+    fn drop(&mut self) {
+        if self.ours.is_some() {
+            let _ = unmount(&self.path, UnmountFlags::DETACH);
+        }
+    }
+}
+
+/// Of a process: its cgroup in the hierarchy of `controller`, or in version 2.
+fn cgroup_of(pid: u32, controller: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("it runs");
+    let found = text.lines().find_map(|line| {
+        let (_, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        controllers
+            .split(',')
+            .any(|name| name == controller)
+            .then(|| path.to_owned())
+    });
+    found.unwrap_or_else(|| panic!("no {controller:?} in {text}"))
+}
+
+fn remove_cgroups(paths: &[&Path]) {
+    for path in paths {
+        let begun = std::time::Instant::now();
+        // A process that has ended leaves its cgroup a moment later.
+        while fs::remove_dir(path).is_err() && path.exists() {
+            assert!(begun.elapsed() < tests::vm::PATIENCE, "{} stays", path.display());
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+#[test]
+fn it_is_placed_in_cgroups_of_version_1_with_the_values_given() {
+    require_jail!();
+    let Some(cpuset) = Hierarchy::of("cgroup", "cpuset") else {
+        return bed::skipped("kvm", "this host has no cpuset cgroups of version 1");
+    };
+    let jail = Jail::new(&Program::spin_forever());
+    let flags = ["--parent-cgroup", "chronovisor-test/inner", "--cgroup", "cpuset.cpus=0"];
+    let process = jail.start(&flags);
+    let inner = cpuset.path.join("chronovisor-test/inner");
+    let own = inner.join(jail.id());
+    let read = |path: &Path, file: &str| fs::read_to_string(path.join(file)).expect(file).trim().to_owned();
+    assert_eq!(
+        cgroup_of(process.id(), "cpuset"),
+        format!("/chronovisor-test/inner/{}", jail.id())
+    );
+    assert_eq!(read(&own, "cpuset.cpus"), "0");
+    assert_eq!(
+        read(&own, "cpuset.mems"),
+        read(&cpuset.path, "cpuset.mems"),
+        "inherited"
+    );
+    // Beside it, a thread of the kernel's that works for its KVM.
+    assert!(
+        read(&own, "cgroup.procs")
+            .lines()
+            .any(|pid| pid == process.id().to_string())
+    );
+    drop(process);
+    remove_cgroups(&[&own, &inner, inner.parent().expect("chronovisor-test")]);
+}
+
+#[test]
+fn it_is_placed_in_a_cgroup_of_version_2_with_the_values_given() {
+    require_jail!();
+    let Some(unified) = Hierarchy::of("cgroup2", "") else {
+        return bed::skipped("kvm", "this host has no cgroups of version 2");
+    };
+    let controllers = fs::read_to_string(unified.path.join("cgroup.controllers")).expect("version 2 has it");
+    let mut flags = vec![
+        "--cgroup-version",
+        "2",
+        "--parent-cgroup",
+        "chronovisor-test",
+        "--cgroup",
+        "cgroup.max.depth=3",
+    ];
+    let has_pids = controllers.split_whitespace().any(|name| name == "pids");
+    if has_pids {
+        flags.extend(["--cgroup", "pids.max=77"]);
+    }
+    let jail = Jail::new(&Program::spin_forever());
+    let process = jail.start(&flags);
+    let parent = unified.path.join("chronovisor-test");
+    let own = parent.join(jail.id());
+    let read = |file: &str| fs::read_to_string(own.join(file)).expect(file).trim().to_owned();
+    assert_eq!(cgroup_of(process.id(), ""), format!("/chronovisor-test/{}", jail.id()));
+    assert_eq!(read("cgroup.max.depth"), "3");
+    assert!(read("cgroup.procs").lines().any(|pid| pid == process.id().to_string()));
+    if has_pids {
+        assert_eq!(read("pids.max"), "77");
+    }
+    drop(process);
+    remove_cgroups(&[&own, &parent]);
+
+    // Without --cgroup: into the parent itself, if it is there.
+    fs::create_dir(&parent).expect("a cgroup");
+    let jail = Jail::new(&Program::spin_forever());
+    let process = jail.start(&flags[..4]);
+    assert_eq!(cgroup_of(process.id(), ""), "/chronovisor-test");
+    drop(process);
+    remove_cgroups(&[&parent]);
+}
+
+#[test]
+fn what_is_wrong_is_told_in_one_line_and_nothing_is_left() {
+    require_jail!();
+    let jail = Jail::new(&Program::spin_forever());
+    let text = jail.base().with_file_name("text");
+    fs::write(&text, "no program").expect("a file");
+    fs::set_permissions(&text, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("its mode");
+    let text = text.display().to_string();
+    let absent = jail.base().with_file_name("absent").display().to_string();
+    for (flags, says) in [
+        (&["--exec-file", &text][..], "Failed to exec into"),
+        (&["--exec-file", &absent], "Failed to canonicalize path"),
+        (&["--netns", &absent], &*absent),
+        (&["--netns", &text], "join network namespace"),
+        (&["--bind", &absent], "Failed to canonicalize path"),
+        (&["--cgroup-version", "2", "--cgroup", "nosuch.file=1"], "nosuch"),
+        (
+            &["--cgroup-version", "2", "--cgroup", "cgroup.nosuch=1"],
+            "cgroup.nosuch",
+        ),
+        (&["--cgroup-version", "2", "--cgroup", "cgroup.max.depth=deep"], "deep"),
+        (&["--resource-limit", "cpu=1"], "Invalid resource argument: cpu"),
+    ] {
+        let unified = Hierarchy::of("cgroup2", "");
+        for more in [
+            &[][..],
+            &["--daemonize"],
+            &["--new-pid-ns"],
+            &["--daemonize", "--new-pid-ns"],
+        ] {
+            command_fails(jail.guest(&[flags, more].concat()), 1, &[says]);
+            assert_eq!(names(&jail.base()), set(&[]), "{flags:?} {more:?}");
+            wait_for_no_other(jail.id());
+        }
+        if let Some(unified) = unified {
+            assert!(!unified.path.join("chronovisor").exists(), "{flags:?}");
+        }
+    }
+    let mut without_uid = Command::new(bed::file("chronovisor"));
+    without_uid.args(["jail", "--id", "a", "--gid", "1"]);
+    command_fails(without_uid, 2, &["--uid"]);
+    let mut by_another = jail.guest(&[]);
+    std::os::unix::process::CommandExt::uid(&mut by_another, UID);
+    if Command::new(bed::file("chronovisor")).arg("--version").output().is_ok() {
+        let outcome = by_another.output();
+        if let Ok(output) = outcome {
+            assert_eq!(output.status.code(), Some(1), "{output:?}");
+            assert!(String::from_utf8_lossy(&output.stderr).contains("root"), "{output:?}");
+        }
+    }
+}
+
+fn wait_for_no_other(id: &str) {
+    let begun = std::time::Instant::now();
+    while processes_with(id) > 0 {
+        assert!(begun.elapsed() < tests::vm::PATIENCE, "a process is left");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// Each system call that a jail is made by says EIO, one at a time.
+#[test]
+fn whichever_step_of_it_fails_it_says_so_and_leaves_no_directory_cgroup_mount_or_process() {
+    require_jail!();
+    let Some(unified) = Hierarchy::of("cgroup2", "") else {
+        return bed::skipped("kvm", "this host has no cgroups of version 2");
+    };
+    let before = fs::read_to_string("/proc/self/mountinfo").expect("procfs");
+    let netns = "/proc/self/ns/net";
+    let background = ["--daemonize", "--new-pid-ns"];
+    for (calls, flags, says) in [
+        (&[libc::SYS_close_range][..], &[][..], "close what it inherited"),
+        (&[libc::SYS_flock], &[], "lock"),
+        (&[libc::SYS_mkdirat], &[], "make the directory"),
+        (&[libc::SYS_fchmod], &[], "set the mode"),
+        (&[libc::SYS_setns], &["--netns", netns], "join network namespace"),
+        (&[libc::SYS_unshare], &["--new-net-ns"], "make a network namespace"),
+        (&[libc::SYS_unshare], &[], "make a mount namespace"),
+        (&[libc::SYS_unshare], &["--new-pid-ns"], "make a PID namespace"),
+        (&[libc::SYS_unshare], &background, "make a PID namespace"),
+        (&[libc::SYS_pipe2], &background, "make a pipe"),
+        (&[libc::SYS_clone], &background, "fork"),
+        (&[libc::SYS_setsid], &background, "make a session"),
+        (&[libc::SYS_mount], &[], "keep its mounts"),
+        (&[libc::SYS_mount], &background, "keep its mounts"),
+        (&[libc::SYS_open_tree], &[], "show"),
+        (&[libc::SYS_pivot_root], &[], "make it the root"),
+        (&[libc::SYS_pivot_root], &background, "make it the root"),
+        (&[libc::SYS_umount2], &[], "let go of the host's root"),
+        (&[libc::SYS_mknodat], &[], "make /dev/"),
+        (&[libc::SYS_fchown], &[], "give / to its user"),
+        (&[libc::SYS_fchownat], &[], "make /dev/"),
+        (&[libc::SYS_move_mount], &[], "show something as"),
+        (&[libc::SYS_renameat, libc::SYS_renameat2], &[], "write /chronovisor"),
+        (
+            &[libc::SYS_prlimit64, libc::SYS_setrlimit],
+            &[],
+            "set limit for resource",
+        ),
+        (&[libc::SYS_prctl], &[], "give up capabilities"),
+        (&[libc::SYS_setgroups], &[], "leave its groups"),
+        (&[libc::SYS_setresgid], &[], "become group"),
+        (&[libc::SYS_setresuid], &[], "become user"),
+        (&[libc::SYS_setresuid], &background, "become user"),
+        (&[libc::SYS_dup2, libc::SYS_dup3], &background, "/dev/null"),
+    ] {
+        let jail = Jail::new(&Program::spin_forever());
+        let cgroup = [
+            "--cgroup-version",
+            "2",
+            "--parent-cgroup",
+            "chronovisor-test",
+            "--cgroup",
+            "cgroup.max.depth=3",
+        ];
+        let mut command = jail.guest(&[&cgroup, flags].concat());
+        without(&mut command, calls);
+        println!("{says} {flags:?}");
+        command_fails(command, 1, &[says]);
+        wait_for_no_other(jail.id());
+        assert_eq!(names(&jail.base()), set(&[]), "{says} {flags:?}");
+        assert!(!unified.path.join("chronovisor-test").exists(), "{says} {flags:?}");
+        assert_eq!(
+            fs::read_to_string("/proc/self/mountinfo").expect("procfs"),
+            before,
+            "{says} {flags:?}"
+        );
+    }
+}
+
+#[test]
+fn a_jail_in_use_is_left_alone_and_one_that_was_is_used_again() {
+    require_jail!();
+    let jail = Jail::new(&Program::spin_forever());
+    let mut process = jail.start(&[]);
+    let pid = process.id().to_string();
+    command_fails(jail.guest(&[]), 1, &["runs in this jail", &pid]);
+    assert_eq!(
+        jail.ask("GET", "/", None).expect("it serves on").body["state"],
+        "Running"
+    );
+    process.signal(Signal::KILL);
+    process.wait();
+    fs::remove_file(jail.root().join("run/chronovisor.socket")).expect("it was killed");
+    drop(jail.start(&[]));
+}
+
+/// Who has run in a jail owns its directory, and may have left anything there.
+#[test]
+fn what_a_microvm_left_in_its_jail_leads_nobody_out_of_it() {
+    require_jail!();
+    for name in ["dev", "proc", "sys", "run", "kernel", "chronovisor", "chronovisor.pid"] {
+        let jail = Jail::new(&Program::spin_forever());
+        let outside = Folder::new();
+        outside.write("precious", "kept");
+        fs::create_dir_all(jail.root()).expect("a jail");
+        let target = if name.contains('.') || ["kernel", "chronovisor"].contains(&name) {
+            outside.join("precious")
+        } else {
+            outside.path().to_owned()
+        };
+        symlink(&target, jail.root().join(name)).expect("a link");
+        let before = outside.path().metadata().expect("it is there");
+        let mut process = Process::spawn(jail.guest(&[]));
+        // It is refused, or the link is replaced.
+        while jail.ask("GET", "/", None).is_err() && !process.has_ended() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        drop(process);
+        assert_eq!(outside.names(), ["precious"], "{name}");
+        assert_eq!(
+            fs::read_to_string(outside.join("precious")).expect("it is there"),
+            "kept",
+            "{name}"
+        );
+        let after = outside.path().metadata().expect("it is there");
+        assert_eq!((before.mode(), before.uid()), (after.mode(), after.uid()), "{name}");
+        let precious = outside.join("precious").metadata().expect("it is there");
+        assert_eq!((precious.uid(), precious.mode() & 0o111), (0, 0), "{name}");
+    }
+}
