@@ -89,7 +89,7 @@ fn forbidden() -> Vec<Call> {
 
 /// What one role may not do, though another may.
 fn forbidden_to(role: Role) -> Vec<Call> {
-    const HERE: u64 = -100_i64 as u64;
+    const HERE: u64 = (-100_i64).cast_unsigned();
     let files = [
         ("a file to be written", "openat", [HERE, 0, 1, 0, 0, 0]),
         ("a file to be made", "openat", [HERE, 0, 0o100, 0, 0, 0]),
