@@ -52,6 +52,7 @@ fn drive(client: &str, driver: &str) -> Value {
 macro_rules! require_client {
     ($client:literal) => {
         require_bed!(kvm);
+        tests::require_no_jail!("these clients know of no jail, and where their files are");
         if let Err(why) = lacking($client) {
             bed::skipped("kvm", &why);
             return;

@@ -275,8 +275,8 @@ fn bind(text: &str) -> Result<Bind, JailError> {
     // From the jail's root, whether it says so or not.
     let below = target.strip_prefix('/').map(Path::new).filter(|path| is_below(path));
     let target = below.ok_or_else(refuse)?;
-    let whole = |system: &&str| target.starts_with(system);
-    if ["proc", "sys"].iter().any(|system| whole(system)) || target == Path::new("dev") || target.to_str().is_none() {
+    let of_the_kernel = ["proc", "sys"].iter().any(|system| target.starts_with(system));
+    if of_the_kernel || target == Path::new("dev") || target.to_str().is_none() {
         return Err(refuse());
     }
     Ok(Bind {

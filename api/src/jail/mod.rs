@@ -133,6 +133,7 @@ impl Prepared {
         if plan.new_net_ns {
             new_net_ns()?;
         }
+        process::own_streams();
         // As the host knows it: this process's /proc is the host's still.
         let pid = fs::read_link("/proc/self").map_err(JailError::io("read /proc/self"))?;
         let pieces = root::leave_host(plan, undo)?;

@@ -16,11 +16,12 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 
-use rustix::fs::{Gid, Uid};
+use rustix::fs::{Gid, Mode, OFlags, Uid, fcntl_getfl, fcntl_setfl, open};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Resource, Rlimit, setrlimit, setsid};
-use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stderr, stdin, stdout};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, UnshareFlags, capabilities, clear_ambient_capability_set, set_capabilities,
     set_keep_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid, unshare_unsafe,
@@ -153,6 +154,41 @@ pub fn close_inherited() -> Result<(), JailError> {
     match unsafe { libc::close_range(FIRST, libc::c_uint::MAX, 0) } {
         0 => Ok(()),
         _ => Err(JailError::io("close what it inherited")(std::io::Error::last_os_error())),
+    }
+}
+
+/// Opens anew what standard input, output and error lead to, where it is a terminal or a pipe: the program sets them not to block, on
+/// what it alone has open (`vmm::console`), and another user cannot open them. One that cannot be opened stays what it is.
+pub fn own_streams() {
+    for number in 0..3 {
+        let path = format!("/proc/self/fd/{number}");
+        let Ok(metadata) = std::fs::metadata(&path) else {
+            continue;
+        };
+        // A device that is no terminal may do more, when opened, than to be open.
+        let terminal = std::fs::read_link(&path).is_ok_and(|to| to.starts_with("/dev/pts/"));
+        if !metadata.file_type().is_fifo() && !(terminal && metadata.file_type().is_char_device()) {
+            continue;
+        }
+        let stream = match number {
+            0 => fcntl_getfl(stdin()),
+            1 => fcntl_getfl(stdout()),
+            _ => fcntl_getfl(stderr()),
+        };
+        let Ok(access) = stream.map(|flags| flags & OFlags::ACCMODE) else {
+            continue;
+        };
+        // Not to wait for the other end of a pipe, and then to wait as before.
+        let flags = access | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let opened = open(&*path, flags, Mode::empty());
+        let _ = opened.and_then(|anew| {
+            fcntl_setfl(&anew, access)?;
+            match number {
+                0 => dup2_stdin(anew),
+                1 => dup2_stdout(anew),
+                _ => dup2_stderr(anew),
+            }
+        });
     }
 }
 
