@@ -58,7 +58,7 @@ pub const FIRECRACKER_API: &str = "1.14.0";
 /// Requests that may wait for the VMM's thread at once, whether or not their clients still do: a client that asks and hangs up, again
 /// and again, would make a line without end of what a busy thread has yet to do. Half of the places that connections have: readings,
 /// which do not wait for that thread, have the others.
-const QUEUE: usize = 64;
+const QUEUE: usize = 32;
 
 /// The path whose answer has no end.
 pub(crate) const STREAM: &str = "/vcpus/stream";
