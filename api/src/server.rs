@@ -296,7 +296,7 @@ async fn accept(
         };
         match accepted {
             Ok(Accepted::Unix(io)) => drop(tokio::spawn(serve(peer(&io), None).run(io))),
-            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(Peer::Unknown, Some(over_tcp.clone())).run(io))),
+            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(Peer::Tcp, Some(over_tcp.clone())).run(io))),
             Err(error) => {
                 // Out of descriptors, as a rule: give connections the time to end.
                 tracing::warn!("a connection could not be accepted: {error}");
