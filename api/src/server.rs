@@ -32,8 +32,9 @@ use crate::places::{Peer, Place, Places};
 use crate::routes::{self, Limits, OverTcp, Shared};
 use crate::token::Token;
 
-/// Connections served at once, streams not counted.
-const CONNECTIONS: usize = 128;
+/// Connections served at once, streams not counted: several times what Firecracker has (10). Each more of them is one more that
+/// may ask without end, and that others have to wait for at every turn.
+const CONNECTIONS: usize = 64;
 
 /// Connections accepted before those that are there have their turn: a request waits for no more than these, some hundred microseconds.
 const ACCEPTED_AT_ONCE: usize = 16;
@@ -297,7 +298,7 @@ async fn accept(
         };
         match accepted {
             Ok(Accepted::Unix(io)) => drop(tokio::spawn(serve(peer(&io), None).run(io))),
-            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(Peer::Unknown, Some(over_tcp.clone())).run(io))),
+            Ok(Accepted::Tcp(io)) => drop(tokio::spawn(serve(Peer::Tcp, Some(over_tcp.clone())).run(io))),
             Err(error) => {
                 // Out of descriptors, as a rule: give connections the time to end.
                 tracing::warn!("a connection could not be accepted: {error}");

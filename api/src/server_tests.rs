@@ -493,7 +493,7 @@ fn what_follows_from_a_change_follows_though_its_client_has_hung_up() {
 
 #[test]
 fn who_asks_and_hangs_up_makes_no_line_without_end_and_readings_need_no_turn() {
-    const QUEUE: usize = 64;
+    const QUEUE: usize = 32;
     let scratch = Scratch::new();
     let (asked, asks) = mpsc::channel();
     let fake = Fake::new(RunState::Running);
@@ -523,7 +523,7 @@ fn who_asks_and_hangs_up_makes_no_line_without_end_and_readings_need_no_turn() {
     }
     let refused = read_all(change());
     assert!(
-        refused.starts_with("HTTP/1.1 503 ") && refused.contains("64 requests wait for the microVM"),
+        refused.starts_with("HTTP/1.1 503 ") && refused.contains("32 requests wait for the microVM"),
         "{refused}"
     );
     assert!(asks.try_recv().is_err(), "it was not put into the line");

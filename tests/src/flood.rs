@@ -24,9 +24,9 @@ pub const FLOOD: Limits = Limits {
     guest_share: 0.01,
 };
 
-/// The most that it may add to the process's resident memory, in KiB: each of 128 connections has a head, of 16 KiB, a body, of 50 KiB in a
+/// The most that it may add to the process's resident memory, in KiB: each of 64 connections has a head, of 16 KiB, a body, of 50 KiB in a
 /// buffer that has grown to 64, and an answer and what else there is to a connection, 16 KiB (docs/api-limits.md).
-pub const CAP_KIB: u64 = 128 * (16 + 64 + 16);
+pub const CAP_KIB: u64 = 64 * (16 + 64 + 16);
 
 /// Between two passes over all connections.
 const PASS: Duration = Duration::from_millis(1);

@@ -1,10 +1,11 @@
 //! The REST surface: Firecracker's paths with its status codes and bodies, and ours beside them.
 //!
 //! Promises: 200 with JSON, 204 on a change of state, 400 with `{"fault_message": "..."}` on every refusal (413 where the metadata
-//! would be too large, 401 where a token is needed, 503 where as many wait as may), unknown paths and methods included. A slash after a path is as none. JSON is accepted under any content
-//! type; unknown fields are refused. A body is read to its end within [`Limits`] before any handler sees the request, so a slow or
-//! endless one costs its own connection only. No more than [`QUEUE`] requests wait for the VMM's thread at a time. A change that was taken in is made with all that follows from it, whether or not its
-//! client waits for the answer.
+//! would be too large, 401 where a token is needed, 503 where as many wait as may), unknown paths and methods included. A slash after
+//! a path is as none. JSON is accepted under any content type; unknown fields are refused. A body is read to its end within
+//! [`Limits`] before any handler sees the request, so a slow or endless one costs its own connection only. No more than [`QUEUE`]
+//! requests wait for the VMM's thread at a time. A change that was taken in is made with all that follows from it, whether or not
+//! its client waits for the answer.
 
 mod actions;
 mod balloon;
@@ -23,6 +24,7 @@ mod mmds;
 mod openapi;
 mod outputs;
 mod rebinding;
+mod refusals;
 mod stream;
 mod ui;
 mod unsupported;
@@ -58,7 +60,7 @@ pub const FIRECRACKER_API: &str = "1.14.0";
 /// Requests that may wait for the VMM's thread at once, whether or not their clients still do: a client that asks and hangs up, again
 /// and again, would make a line without end of what a busy thread has yet to do. Half of the places that connections have: readings,
 /// which do not wait for that thread, have the others.
-const QUEUE: usize = 64;
+const QUEUE: usize = 32;
 
 /// The path whose answer has no end.
 pub(crate) const STREAM: &str = "/vcpus/stream";
@@ -106,6 +108,7 @@ pub struct Shared {
     streams: Arc<stream::Streams>,
     /// Turns to wait for the VMM's thread.
     queue: Arc<Semaphore>,
+    refusals: Arc<refusals::Refusals>,
 }
 
 impl Shared {
@@ -119,6 +122,7 @@ impl Shared {
             looks: Arc::default(),
             streams: Arc::default(),
             queue: Arc::new(Semaphore::new(QUEUE)),
+            refusals: Arc::default(),
         }
     }
 
@@ -201,7 +205,14 @@ async fn handle(shared: Shared, method: Method, path: String, request: Result<Re
         count::one(requests, &method, &path, fault.is_some());
     }
     match fault {
-        Some(fault) => tracing::info!("{line}: {}: {}", response.status().as_u16(), fault.message()),
+        Some(fault) => {
+            let (status, why) = (response.status().as_u16(), fault.message());
+            match shared.refusals.log() {
+                Some(0) => tracing::info!("{line}: {status}: {why}"),
+                Some(more) => tracing::info!("{line}: {status}: {why} ({more} refusals before it were not logged)"),
+                None => {}
+            }
+        }
         None => tracing::debug!("{line}: {}", response.status().as_u16()),
     }
     response

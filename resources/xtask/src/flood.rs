@@ -119,7 +119,7 @@ const LEGEND: &str = "
   in a quarter of the time before the flood, or, where that is slower, after it, and with it. At most 20,000.
 * *Newcomers*: other clients, one after the other, each on a connection of its own; how many were answered, how many were *refused*,
   of which there shall be none, and how long they waited from connect(2) to the last byte of the answer.
-* *KiB more*: the most that was resident of the process at any instant of the flood, beside what was before. At most 12,288: 128
+* *KiB more*: the most that was resident of the process at any instant of the flood, beside what was before. At most 6,144: 64
   connections with a head, a body and an answer each (api-limits.md).
 * *Guest*: the share of the time, in per cent, for which the guest ran, by its own ledger; alone, the less of the two, and with the
   flood, which shall take no more than one per cent. *Waiting*: for which its vCPU waited for its CPU.
@@ -171,18 +171,18 @@ mod tests {
                 newcomer_p99_us: 5_000.0,
                 alone_kib: 20_000,
                 peak_kib,
-                cap_kib: 12_288,
+                cap_kib: 6_144,
             }
         };
-        let well = row(20_000.0, 32_288, 0.971, 0);
+        let well = row(20_000.0, 26_144, 0.971, 0);
         assert_eq!(
             well.line(),
-            "| 10000 | 19 | 100 | 250 | 100 | 20000 | 300 | 0 | 500 | 5000 | 12288 | 98.00 | 97.10 | 0.10 |"
+            "| 10000 | 19 | 100 | 250 | 100 | 20000 | 300 | 0 | 500 | 5000 | 6144 | 98.00 | 97.10 | 0.10 |"
         );
         assert!(!well.is_over());
         for over in [
             row(20_001.0, 0, 1.0, 0),
-            row(0.0, 32_289, 1.0, 0),
+            row(0.0, 26_145, 1.0, 0),
             row(0.0, 0, 0.969, 0),
             row(0.0, 0, 1.0, 1),
         ] {
