@@ -52,6 +52,16 @@ pub fn main() -> ExitCode {
             .map(String::as_str)
             .or(payload.downcast_ref::<&str>().copied());
         let message = text.unwrap_or("no message");
+        if message.contains("alternative stack") {
+            // Want of memory, and std's own word for it in a thread that has just begun (sys/pal/unix/stack_overflow.rs): the
+            // process is aborted next, whatever is caught.
+            console::restore();
+            vmm::unix_socket::remove_all();
+            exit::say(&format!(
+                "cannot start a thread: {message}; raise the address space limit (ulimit -v)"
+            ));
+            std::process::exit(exit::FAILED.into());
+        }
         let place = info.location().map(ToString::to_string).unwrap_or_default();
         exit::say(&format!(
             "a defect of chronovisor itself: {message} ({place}): please report it"

@@ -90,6 +90,9 @@ pub fn start(log: &Log, id: &str) -> Result<LogSink> {
     let (wanted, handle) = reload::Layer::new(Wanted { level, module });
     let lines = tracing_subscriber::fmt::layer()
         .with_ansi(false)
+        // A line that cannot be written is lost. Told on stderr, each would be two; and where that is what cannot be written, whoever
+        // has something to log would panic.
+        .log_internal_errors(false)
         .with_writer(Out(Arc::clone(&place)))
         .event_format(Line(Arc::clone(&place)));
     tracing_subscriber::registry().with(wanted).with(lines).init();

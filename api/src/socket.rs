@@ -1,8 +1,8 @@
 //! The API's sockets: a unix socket only its owner may open, and a TCP one when asked for: on the loopback, unless it is asked for
 //! elsewhere in so many words, and with a token ([`Reach`]).
 //!
-//! The unix socket's file has mode 0600 from the instant it exists, and replaces none (`vmm::unix_socket`): the error says what is
-//! there, and what to do.
+//! The unix socket's file has mode 0600 from the instant it exists, and replaces none but one that a process left behind which has
+//! ended (`vmm::unix_socket`): the error says what is there, and what to do.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -27,7 +27,7 @@ pub enum SocketError {
     /// Another process answers there.
     #[error("--api-sock {0}: another process is listening there: end it, or choose another path")]
     InUse(PathBuf),
-    /// A socket nobody listens on.
+    /// A socket nobody listens on, and not ours to replace.
     #[error("--api-sock {0}: left behind by a process that has ended: remove it (rm {0}) and try again")]
     Stale(PathBuf),
     /// Something else has that name.
@@ -130,14 +130,12 @@ mod tests {
     #[test]
     fn a_path_that_cannot_be_is_refused_with_what_to_do_and_left_as_it_was() {
         let scratch = Scratch::new();
-        let (in_use, stale, plain) = (scratch.path("in-use"), scratch.path("stale"), scratch.path("plain"));
+        let (in_use, plain) = (scratch.path("in-use"), scratch.path("plain"));
         let _listener = UnixListener::bind(&in_use).unwrap();
-        drop(UnixListener::bind(&stale).unwrap());
         std::fs::write(&plain, "precious").unwrap();
         let long = scratch.path("l".repeat(MAX_PATH));
         let table = [
             (in_use.clone(), "another process is listening"),
-            (stale.clone(), "remove it (rm "),
             (plain.clone(), "not a socket"),
             (scratch.path("missing/s"), "missing does not exist"),
             (scratch.path("plain/s"), "Not a directory"),
@@ -148,7 +146,7 @@ mod tests {
             assert!(said.contains(says), "{said}");
             assert!(said.starts_with(&format!("--api-sock {}", path.display())), "{said}");
         }
-        assert!(in_use.exists() && stale.exists() && plain.exists());
+        assert!(in_use.exists() && plain.exists());
         assert!(UnixStream::connect(&in_use).is_ok());
     }
 
@@ -165,6 +163,18 @@ mod tests {
             assert!(scratch.path(name).is_symlink(), "{name} is left as it was");
         }
         assert!(!target.exists());
+    }
+
+    #[test]
+    fn one_left_behind_by_a_process_that_has_ended_is_replaced() {
+        let scratch = Scratch::new();
+        let path = scratch.path("s");
+        drop(UnixListener::bind(&path).unwrap());
+        let _listening = bind(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(UnixStream::connect(&path).is_ok());
+        let refused = in_words(&path, Refusal::Stale).to_string();
+        assert!(refused.contains("remove it (rm "), "{refused}");
     }
 
     #[test]

@@ -29,9 +29,23 @@ impl Response {
 /// # Errors
 /// What the socket says, or that the answer is not HTTP with a body of JSON.
 pub fn request(socket: &Path, method: &str, path: &str, body: Option<&str>) -> io::Result<Response> {
-    let mut stream = UnixStream::connect(socket)?;
     // Guards against a server that hangs; nothing is measured by it.
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    request_within(Duration::from_secs(60), socket, method, path, body)
+}
+
+/// Likewise, for a client that would rather ask again than wait longer.
+///
+/// # Errors
+/// As [`request`].
+pub fn request_within(
+    patience: Duration,
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: Option<&str>,
+) -> io::Result<Response> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(patience))?;
     let body = body.unwrap_or_default();
     let length = body.len();
     write!(

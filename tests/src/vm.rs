@@ -46,15 +46,21 @@ impl Process {
     /// When it cannot be started.
     #[must_use]
     pub fn spawn(mut command: Command) -> Self {
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        piped(&mut command);
+        let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        Self::of(format!("{command:?}"), child)
+    }
+
+    /// A child that somebody else has started, by `command`, its three streams [`piped`].
+    ///
+    /// # Panics
+    /// When they are not.
+    #[must_use]
+    pub fn of(command: String, mut child: Child) -> Self {
         let stdout = Gathered::from(child.stdout.take().expect("piped"));
         let stderr = Gathered::from(child.stderr.take().expect("piped"));
         Self {
-            command: format!("{command:?}"),
+            command,
             stdin: child.stdin.take(),
             child,
             stdout,
@@ -78,6 +84,13 @@ impl Process {
             .write_all(text.as_bytes())
             .and_then(|()| stdin.flush())
             .expect("it reads");
+    }
+
+    /// Its standard output so far, from byte `from` on.
+    #[must_use]
+    pub fn stdout_from(&self, from: usize) -> String {
+        let text = self.stdout.text();
+        text.get(from..).unwrap_or_default().to_owned()
     }
 
     /// Closes its standard input.
@@ -131,10 +144,15 @@ impl Process {
         rustix::process::kill_process(pid, signal).expect("it is there");
     }
 
+    /// Kills it, if it is there still.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+    }
+
     /// Whether it has ended.
     ///
     /// # Panics
-    /// When it is another's.
+    /// Never: it is ours.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().expect("it is ours").is_some()
     }
@@ -159,6 +177,14 @@ impl Process {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// Has the three streams of `command` be pipes.
+pub fn piped(command: &mut Command) {
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
 }
 
 impl Drop for Process {
@@ -240,6 +266,15 @@ impl Vm {
             panic!("sections are an object");
         };
         config_sections.extend(more);
+        Self::serve(&config, flags)
+    }
+
+    /// `chronovisor --api-sock --config-file` with `config` and `flags`; returns once the guest runs.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn serve<'a>(config: &serde_json::Value, flags: impl IntoIterator<Item = &'a str>) -> Self {
         let folder = Folder::new();
         let socket = folder.join("api.sock");
         let file = folder.write("config.json", config.to_string());

@@ -129,21 +129,22 @@ fn processes_with(word: &str) -> usize {
 }
 
 #[test]
-fn what_a_killed_one_leaves_behind_is_a_socket_which_is_reported_with_what_to_do() {
+fn what_a_killed_one_leaves_behind_is_a_socket_which_the_next_one_takes() {
     require_bed!(kvm);
     let mut vm = Vm::flat(&Program::spin_forever(), []);
     let socket = vm.socket().display().to_string();
     assert_eq!(processes_with(&socket), 1, "it has no children");
+    // Nobody takes it from one that is there.
+    fails(&["--api-sock", &socket], 1, &[&socket, "another process is listening"]);
     vm.process.signal(Signal::KILL);
     assert_eq!(vm.process.wait().0.code(), None, "killed");
     assert_eq!(processes_with(&socket), 0);
+    assert!(vm.socket().exists());
 
-    let stale = [&*socket, "left behind by a process that has ended", "rm "];
-    fails(&["run", "--kernel", "any", "--api-sock", &socket], 1, &stale);
-    fails(&["--api-sock", &socket], 1, &stale);
-    // Another socket is another matter, and so is this one once what was said has been done.
-    drop(Vm::flat(&Program::spin_forever(), []));
-    std::fs::remove_file(&socket).expect("it is there still");
+    // One that fails leaves none.
+    fails(&["run", "--kernel", "/none", "--api-sock", &socket], 1, &["/none"]);
+    assert!(!vm.socket().exists());
+    drop(std::os::unix::net::UnixListener::bind(&socket).expect("another is left behind"));
     let mut server = Process::chronovisor(["--api-sock", &socket]);
     let begun = std::time::Instant::now();
     while tests::client::request(vm.socket(), "GET", "/", None).is_err() {

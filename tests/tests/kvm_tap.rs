@@ -2,10 +2,10 @@
 
 use std::process::Command;
 
-use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tests::bed::{self, Folder};
 use tests::client;
 use tests::flat::{Program, elf};
+use tests::network;
 use tests::require_bed;
 use tests::vm::{PATIENCE, Process};
 
@@ -16,24 +16,12 @@ fn ip(arguments: &str) -> Result<String, String> {
     if output.status.success() { Ok(said) } else { Err(said) }
 }
 
-/// Moves this thread into a network of its own. What it starts is in there too.
-fn own_network() -> Result<(), String> {
-    // SAFETY: a new network namespace takes nothing from the thread that memory or descriptors rely on.
-    #[expect(unsafe_code, reason = "unshare can take away what a thread shares")]
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.map_err(|error| format!("no network namespace: {error}"))?;
-    std::fs::OpenOptions::new()
-        .write(true)
-        .open("/dev/net/tun")
-        .map_err(|error| format!("/dev/net/tun: {error}"))?;
-    ip("link show").map(drop)
-}
-
 #[test]
 fn what_the_host_gives_a_tap_between_its_configuration_and_the_start_is_there_while_the_guest_runs() {
     require_bed!(kvm);
     tests::require_no_jail!("making a tap takes a capability that a jail has not");
     // This thread is left there: there is no other test in this program.
-    if let Err(why) = own_network() {
+    if let Err(why) = network::own().and_then(|()| ip("link show").map(drop)) {
         return bed::skipped("kvm", &why);
     }
     let folder = Folder::new();

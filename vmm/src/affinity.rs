@@ -208,7 +208,11 @@ pub(crate) fn put(
         });
     };
     let keep_off = |pins| confine(&host.housekeeping(&pinned(pins)));
-    keep_off(&after).map_err(failed("the other threads cannot leave its CPU"))?;
+    if let Err(source) = keep_off(&after) {
+        // Some of them may have left.
+        let _ = keep_off(&before);
+        return Err(failed("the other threads cannot leave its CPU")(source));
+    }
     let loose = loose(&host, &after);
     let put = match after.iter().zip(0..).find(|&(_, at)| at == index) {
         Some((&Some(cpu), _)) => moved.pin(cpu),

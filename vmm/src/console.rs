@@ -92,6 +92,8 @@ pub(crate) struct ConsoleIo {
     /// Which of the two are registered with epoll now.
     output_watched: bool,
     input_watched: bool,
+    /// Why it cannot be waited for.
+    pub(crate) unheard: Option<String>,
 }
 
 impl ConsoleIo {
@@ -121,6 +123,7 @@ impl ConsoleIo {
             unread: Vec::new(),
             output_watched: false,
             input_watched: false,
+            unheard: None,
         })
     }
 
@@ -257,7 +260,7 @@ impl MutEventSubscriber for ConsoleIo {
     fn init(&mut self, ops: &mut EventOps) {
         for (fd, data) in [(self.ring.ready(), READY), (self.serial.room(), ROOM)] {
             if let Err(e) = ops.add(Events::with_data(fd, data, EventSet::IN)) {
-                tracing::error!("the guest's console stays silent: {e}");
+                self.unheard = Some(crate::event_loop::unheard("the guest's console", &e));
             }
         }
     }

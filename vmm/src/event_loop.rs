@@ -85,11 +85,22 @@ pub(crate) fn spawn(
             happened,
             happening: wake,
             metrics: None,
+            unheard: None,
         };
         // Nobody listens where nobody asks.
         let _ = tell_end.send(run(manager, control, console));
     })?;
     Ok(end)
+}
+
+/// That events of `whose` cannot be waited for, in the words of the end that follows: a guest whose device does not answer would
+/// hang, and nobody would know why.
+pub(crate) fn unheard(whose: &str, why: &event_manager::Error) -> String {
+    let why = match why {
+        event_manager::Error::Epoll(errno) => errno.to_string(),
+        other => other.to_string(),
+    };
+    format!("the VMM cannot wait for events of {whose}: {why}; see what this host allows (fs.epoll.max_user_watches)")
 }
 
 type Subscriber = Rc<RefCell<dyn MutEventSubscriber>>;
@@ -99,8 +110,16 @@ fn run(mut manager: EventManager<Subscriber>, control: Control, console: Console
     let console = Rc::new(RefCell::new(console));
     manager.add_subscriber(Rc::clone(&control) as Subscriber);
     manager.add_subscriber(Rc::clone(&console) as Subscriber);
+    let mut unheard = control
+        .borrow_mut()
+        .unheard
+        .take()
+        .or(console.borrow_mut().unheard.take());
     let mut devices_added = false;
     let end = loop {
+        if let Some(why) = unheard {
+            break End::KvmError(why);
+        }
         if let Some(end) = control.borrow().lifecycle.end() {
             break end.clone();
         }
@@ -108,8 +127,11 @@ fn run(mut manager: EventManager<Subscriber>, control: Control, console: Console
         if !devices_added && let Some(machine) = control.borrow().lifecycle.running() {
             devices_added = true;
             for events in machine.device_events() {
-                manager.add_subscriber(Rc::new(RefCell::new(events)));
+                let events = Rc::new(RefCell::new(events));
+                manager.add_subscriber(Rc::clone(&events) as Subscriber);
+                unheard = unheard.or(events.borrow_mut().unheard.take());
             }
+            continue;
         }
         if let Err(e) = manager.run() {
             break End::KvmError(format!(
@@ -130,6 +152,8 @@ struct Control {
     happening: EventFd,
     /// Ticks every [`metrics::INTERVAL`], once there is a file for metrics: without, nothing wakes this thread.
     metrics: Option<OwnedFd>,
+    /// Why requests cannot be waited for.
+    unheard: Option<String>,
 }
 
 const REQUEST: u32 = 0;
@@ -201,9 +225,9 @@ impl MutEventSubscriber for Control {
 
     fn init(&mut self, ops: &mut EventOps) {
         for (fd, data) in [(&*self.inbox.wake, REQUEST), (&self.happening, EVENT)] {
-            // Nothing else is registered yet and both are eventfds: only want of kernel memory is left.
-            ops.add(Events::with_data(fd, data, EventSet::IN))
-                .expect("an eventfd can be waited for");
+            if let Err(e) = ops.add(Events::with_data(fd, data, EventSet::IN)) {
+                self.unheard = Some(unheard("its own", &e));
+            }
         }
     }
 }

@@ -1,8 +1,10 @@
 //! Unix sockets that this process listens on, and their files.
 //!
-//! An existing file is never replaced, not even the socket of a process that has ended: two that start at once would each take the path
-//! from the other, and it may be another microVM's. A [`Refusal`] says which it is. One that has been bound and does not listen yet
-//! refuses connections as one left behind does: only one that goes on refusing them is called that.
+//! An existing file is never replaced, but for the socket of a process that has ended, which a kill -9 leaves behind: of the same
+//! user, with nobody listening. A [`Refusal`] says what else it is. One that has been bound and does not listen yet refuses
+//! connections as one left behind does: only one that goes on refusing them is called that. Two that start at once would each take
+//! the path from the other: who replaces a file holds the directory's lock (flock(2)) from its last look at it until its own listens,
+//! and removes only the very file that it has looked at all the time. Where that lock cannot be had nothing is replaced.
 //!
 //! A [`Listening`] removes the file before it closes the socket: there is no instant at which its file is one left behind.
 //!
@@ -17,9 +19,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use rustix::fs::Mode;
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::geteuid;
 
 /// Longest path of a unix socket, in bytes: `sun_path` holds 108, the last one a NUL (unix(7)).
 pub const MAX_PATH: usize = 107;
@@ -32,8 +35,8 @@ const BACKLOG: i32 = 128;
 const LOOKS: usize = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 
-/// The files of all sockets of this process.
-static FILES: Mutex<Vec<Weak<SocketFile>>> = Mutex::new(Vec::new());
+/// The files of all sockets of this process; none once it is about to end, and then there are to be no more. Held while one is made.
+static FILES: Mutex<Option<Vec<Weak<SocketFile>>>> = Mutex::new(Some(Vec::new()));
 
 /// Why there is no socket at a path. Whoever wanted it there says so in the words of his user.
 #[derive(Debug)]
@@ -45,7 +48,7 @@ pub enum Refusal {
     },
     /// Somebody listens there.
     InUse,
-    /// A socket nobody listens on.
+    /// A socket nobody listens on, which is not ours to replace: another user's, or its directory cannot be locked.
     Stale,
     /// Something else has that name.
     NotASocket,
@@ -124,10 +127,11 @@ impl<L> Listening<L> {
     }
 }
 
-/// Removes the files of all sockets of this process, which is about to end.
+/// Removes the files of all sockets of this process, which is about to end: another thread that would make one is refused.
 pub fn remove_all() {
-    let files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
-    files.iter().filter_map(Weak::upgrade).for_each(|file| file.remove());
+    let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
+    let removed = files.take().into_iter().flatten();
+    removed.filter_map(|file| file.upgrade()).for_each(|file| file.remove());
 }
 
 /// Listens at `path`, without blocking. The file has `mode`, less the umask, from the instant it exists; [`None`] is the system's 0777.
@@ -151,27 +155,101 @@ fn bind_after(path: &Path, mode: Option<Mode>, mut wait: impl FnMut()) -> Result
         // beforehand, there is no instant at which others could connect.
         rustix::fs::fchmod(&fd, mode)?;
     }
-    let mut looks = 1;
-    // It follows no symbolic link in the last part, and replaces nothing.
-    while let Err(error) = rustix::net::bind(&fd, &address) {
-        match refusal(path, error) {
-            Refusal::Stale if looks < LOOKS => wait(),
-            refusal => return Err(refusal),
+    // From its last look at a file that is to be replaced until this one listens.
+    let mut locked = None;
+    let (mut left, mut looks) = (None, 0);
+    let mut tries = 0..4 * LOOKS;
+    // It follows no symbolic link in the last part.
+    let file = loop {
+        let refused = match own(path, || rustix::net::bind(&fd, &address))? {
+            Ok(file) => break file,
+            Err(error) => refusal(path, error),
+        };
+        if !matches!(refused, Refusal::Stale) || tries.next().is_none() {
+            return Err(refused);
+        }
+        let Ok(metadata) = path.symlink_metadata() else {
+            // It has gone.
+            continue;
+        };
+        let now = Some((metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec()));
+        if left != now {
+            (left, looks) = (now, 0);
         }
         looks += 1;
+        if looks < LOOKS {
+            wait();
+        } else if locked.is_some() {
+            remove_stale(path)?;
+        } else {
+            locked = lock_directory(path);
+            if locked.is_none() {
+                return Err(Refusal::Stale);
+            }
+        }
+    };
+    rustix::net::listen(&fd, BACKLOG)?;
+    drop(locked);
+    let listener = UnixListener::from(fd);
+    Ok(Listening { file, listener })
+}
+
+/// Makes a socket's file at `path` by `bind`, and has it removed with the process from then on.
+fn own(
+    path: &Path,
+    bind: impl FnOnce() -> rustix::io::Result<()>,
+) -> Result<rustix::io::Result<Arc<SocketFile>>, Refusal> {
+    let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
+    let ending = || Refusal::Other(io::Error::other("this process is about to end"));
+    let files = files.as_mut().ok_or_else(ending)?;
+    if let Err(error) = bind() {
+        return Ok(Err(error));
     }
-    let metadata = path.symlink_metadata().map_err(Refusal::Other)?;
+    let metadata = path.symlink_metadata().map_err(|error| {
+        // Nobody else will. There is nothing to be done about another failure.
+        let _ = std::fs::remove_file(path);
+        Refusal::Other(error)
+    })?;
     let file = Arc::new(SocketFile {
         path: path.to_owned(),
         identity: (metadata.dev(), metadata.ino()),
     });
-    let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
     files.retain(|file| file.strong_count() > 0);
     files.push(Arc::downgrade(&file));
-    drop(files);
-    rustix::net::listen(&fd, BACKLOG)?;
-    let listener = UnixListener::from(fd);
-    Ok(Listening { file, listener })
+    Ok(Ok(file))
+}
+
+/// The lock of the directory that `path` is in, for as long as the descriptor lives; none where it cannot be had. Others of ours hold
+/// it for an instant; who keeps it for good (it keeps systemd-tmpfiles from cleaning up) must not keep us.
+fn lock_directory(path: &Path) -> Option<OwnedFd> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(parent.unwrap_or(Path::new(".")), flags, Mode::empty()).ok()?;
+    for _ in 0..LOOKS {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Some(directory),
+            Err(Errno::WOULDBLOCK | Errno::INTR) => std::thread::sleep(BETWEEN_LOOKS),
+            Err(_) => return None,
+        }
+    }
+    None
+}
+
+/// Removes the socket at `path`, which nobody listens on, if it is one of this user's.
+fn remove_stale(path: &Path) -> Result<(), Refusal> {
+    let metadata = path.symlink_metadata().map_err(Refusal::Other)?;
+    if !metadata.file_type().is_socket() || metadata.uid() != geteuid().as_raw() {
+        return Err(Refusal::Stale);
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Refusal::Other(error)),
+        _ => {}
+    }
+    tracing::info!(
+        "{}: left behind by a process that has ended, and replaced",
+        path.display()
+    );
+    Ok(())
 }
 
 /// Connects to `path`, without waiting: a socket whose queue is full says [`Errno::AGAIN`].
@@ -214,6 +292,13 @@ mod tests {
     use super::*;
     use crate::testing::TempFile;
 
+    /// A path in a folder of its own.
+    fn lonely() -> PathBuf {
+        let directory = path();
+        std::fs::create_dir(&directory).unwrap();
+        directory.join("s")
+    }
+
     /// A path where nothing is, in a folder where much may be.
     fn path() -> PathBuf {
         let file = TempFile::new(&[]);
@@ -234,18 +319,58 @@ mod tests {
 
     #[test]
     fn one_that_does_not_listen_yet_is_not_called_left_behind() {
-        let path = path();
+        let path = lonely();
         let fd = socket().unwrap();
         rustix::net::bind(&fd, &SocketAddrUnix::new(&path).unwrap()).unwrap();
         let listens = || rustix::net::listen(&fd, BACKLOG).unwrap();
         assert!(matches!(bind_after(&path, None, listens), Err(Refusal::InUse)));
         drop(fd);
         let mut waits = 0;
-        let refused = bind_after(&path, None, || waits += 1);
-        assert!(matches!(refused, Err(Refusal::Stale)));
+        let bound = bind_after(&path, None, || waits += 1);
+        assert!(bound.is_ok(), "one left behind is replaced");
         assert_eq!(waits, LOOKS - 1);
+        drop(bound);
+        leave_behind(&path);
         let goes = || std::fs::remove_file(&path).unwrap();
         assert!(bind_after(&path, None, goes).is_ok(), "its place is free");
+    }
+
+    /// A socket of a process that has ended.
+    fn leave_behind(path: &Path) {
+        rustix::net::bind(socket().unwrap(), &SocketAddrUnix::new(path).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn of_many_that_find_one_left_behind_one_has_it() {
+        for _ in 0..10 {
+            let path = lonely();
+            leave_behind(&path);
+            let start = std::sync::Barrier::new(8);
+            let binds = || {
+                start.wait();
+                bind(&path, None)
+            };
+            let results: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..8).map(|_| scope.spawn(binds)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+            let refused = results.iter().filter_map(|result| result.as_ref().err());
+            assert!(refused.into_iter().all(|refusal| matches!(refusal, Refusal::InUse)));
+            assert!(UnixStream::connect(&path).is_ok(), "whoever has it is heard");
+        }
+    }
+
+    #[test]
+    fn one_left_behind_is_not_replaced_where_others_may_be_at_it() {
+        let path = lonely();
+        leave_behind(&path);
+        let held = lock_directory(&path).unwrap();
+        assert!(matches!(bind_after(&path, None, || ()), Err(Refusal::Stale)));
+        assert!(path.exists());
+        drop(held);
+        drop(bind(&path, None).unwrap());
+        std::fs::remove_dir(path.parent().unwrap()).unwrap();
     }
 
     #[test]

@@ -172,7 +172,14 @@ impl Account {
                 said: None,
             }),
         };
-        account.read();
+        // All later readings may fall back on the first.
+        let mut books = account.books();
+        let depth = books.seat.depth();
+        while account.refresh(&mut books, depth, |_| ()).is_none() {
+            // Nobody writes yet, so it was a probe, which answers now or says what it is.
+            books.probes.read(Depth::Full).map_err(probe)?;
+        }
+        drop(books);
         Ok((writer, Arc::new(account)))
     }
 

@@ -73,7 +73,7 @@ pub enum Command {
 /// Server mode: Firecracker's flags.
 #[derive(Args, Debug)]
 pub struct Serve {
-    /// Unix socket to serve the API on; made with mode 0600, must not exist
+    /// Unix socket to serve the API on; made with mode 0600; what is there stays, but for a socket left behind
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     pub api_sock: PathBuf,
     /// And on TCP.
@@ -237,7 +237,7 @@ pub struct Run {
     /// Host CPUs for the vCPUs, one each, in order: a list (2,3 or 2-5), "auto" (nohz_full ones first) or "none"
     #[arg(long, value_name = "CPUS", default_value = "auto", value_parser = pinning)]
     pub pin: Pinning,
-    /// Serve the API on this unix socket; made with mode 0600, must not exist
+    /// Serve the API on this unix socket; made with mode 0600; what is there stays, but for a socket left behind
     #[arg(long, value_name = "PATH")]
     pub api_sock: Option<PathBuf>,
     /// And on TCP.

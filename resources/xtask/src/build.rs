@@ -159,6 +159,13 @@ pub fn measuring(layout: &Layout, name: &str) -> Result<PathBuf> {
     program(&messages, name)
 }
 
+/// A program of the tests' by its name, and the `chronovisor` program that it tries, which is linked into the bed.
+pub fn of_tests(layout: &Layout, name: &str) -> Result<PathBuf> {
+    let messages = cargo_build(layout, PROFILE, &["--package=api", "--package=tests", "--bins"])?;
+    into_bed(layout, program(&messages, "chronovisor")?)?;
+    program(&messages, name)
+}
+
 /// What takes screenshots, and the `chronovisor` program that they are of, which is linked into the bed.
 pub fn screenshots(layout: &Layout) -> Result<PathBuf> {
     let messages = cargo_build(layout, PROFILE, &["--package=api", "--package=tests", "--bins"])?;

@@ -4,7 +4,7 @@
 use super::Program;
 
 /// Where the code is loaded and entered: 1 MiB, where loaders look for a kernel.
-const ADDRESS: u64 = 0x10_0000;
+pub(super) const ADDRESS: u64 = 0x10_0000;
 const HEADER: u16 = 64;
 const PROGRAM_HEADER: u16 = 56;
 

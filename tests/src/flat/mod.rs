@@ -9,6 +9,7 @@
 //! [`Guest`] is one vCPU of it on a `vcpu::Vcpu`, and the readings its own account gives at each thing the guest tells.
 //! [`elf`] makes a kernel of a program, for `chronovisor run --kernel`.
 
+mod disk;
 mod dodge;
 mod elf;
 mod guest;
@@ -16,6 +17,7 @@ mod machine;
 mod probe;
 mod program;
 
+pub use disk::{RECORD, record};
 pub use dodge::Dodged;
 pub use elf::elf;
 pub use guest::{Event, Figure, Guest, Mark, Report};

@@ -216,6 +216,7 @@ impl Transport {
             interrupt: Arc::clone(&self.interrupt),
             complaints: Complaints::default(),
             count: Arc::clone(&self.events),
+            unheard: None,
         }
     }
 

@@ -229,6 +229,8 @@ pub struct DeviceEvents {
     complaints: Complaints,
     /// Of events, for who looks from outside of the event loop.
     count: Arc<AtomicU64>,
+    /// Why its events cannot be waited for.
+    pub(crate) unheard: Option<String>,
 }
 
 /// How often something was worth a log line, which a guest can bring about as often as it likes: the first few are due, then ever
@@ -291,7 +293,7 @@ impl MutEventSubscriber for DeviceEvents {
     fn init(&mut self, ops: &mut EventOps) {
         for ((fd, set), place) in self.sources().into_iter().zip(0..) {
             if let Err(error) = ops.add(Events::with_data_raw(fd, place, set)) {
-                tracing::error!("{}: the VMM cannot wait for its events: {error}", self.name);
+                self.unheard = Some(crate::event_loop::unheard(&self.name, &error));
             }
         }
     }

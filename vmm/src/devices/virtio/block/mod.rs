@@ -503,15 +503,22 @@ impl VirtioDevice for Block {
     }
 
     fn ready(&mut self, source: usize) -> Result<(), QueueError> {
-        if source == 0 {
-            self.limiter.expired();
-        } else if source == 2 {
-            self.retry.expired();
-        } else if let Engine::Async(uring) = &mut self.engine {
-            uring.hear();
+        match source {
+            0 => self.limiter.expired(),
+            2 => {
+                self.retry.expired();
+            }
+            _ => {}
+        }
+        if let Engine::Async(uring) = &mut self.engine {
+            if source == 1 {
+                uring.hear();
+            }
             if uring.is_draining() {
-                uring.drain();
-            } else if let Some(active) = &mut self.active {
+                if !uring.drain() {
+                    self.retry.after(RETRY);
+                }
+            } else if let (1, Some(active)) = (source, &mut self.active) {
                 answer(uring, active, &self.metrics, &self.drive, &self.complaints)?;
             }
         }

@@ -253,13 +253,15 @@ impl Uring {
         self.drain.is_some()
     }
 
-    /// Cancels what is under way of a driver that is gone, and takes what has ended.
-    pub fn drain(&mut self) {
+    /// Cancels what is under way of a driver that is gone, and takes what has ended. False where the kernel would not take it all: to
+    /// be called again in a while, for completions need not come before.
+    #[must_use]
+    pub fn drain(&mut self) -> bool {
         while let Some(place) = self.drain.as_mut().and_then(|drain| drain.to_cancel.pop()) {
             let entry = opcode::AsyncCancel::new(place as u64).build().user_data(CANCELLATION);
             // SAFETY: the entry names nothing but a number.
             let pushed = unsafe { self.ring.push(&entry) };
-            let Some(drain) = &mut self.drain else { return };
+            let Some(drain) = &mut self.drain else { return true };
             if pushed {
                 drain.cancelling += 1;
             } else {
@@ -269,10 +271,7 @@ impl Uring {
                 }
             }
         }
-        if self.drain.is_some() && !self.submit() {
-            // It may take them in a moment; completions need not come before.
-            self.wake();
-        }
+        let taken = self.drain.is_none() || self.submit();
         let answered = self.reap();
         debug_assert!(answered.is_none(), "what drains is nobody's");
         // Cancellations too: one that comes late would be taken for the next driver's.
@@ -282,6 +281,7 @@ impl Uring {
         {
             self.drain = None;
         }
+        taken
     }
 
     /// Waits until nothing is under way, for `patience`. What was done is still there to be answered. False where something is
@@ -290,8 +290,7 @@ impl Uring {
         let end = Instant::now() + patience;
         loop {
             let submitted = if self.is_draining() {
-                self.drain();
-                true
+                self.drain()
             } else {
                 let submitted = self.submit();
                 while let Some(completed) = self.reap() {
