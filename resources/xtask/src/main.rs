@@ -12,6 +12,7 @@ mod clients;
 mod cpio;
 mod debian;
 mod demo;
+mod fuzz;
 mod host;
 mod instructions;
 mod layout;
@@ -94,6 +95,11 @@ enum Task {
     /// Five minutes, on this machine's /dev/kvm. What matters is how long others wait for a reading meanwhile, and that it
     /// costs no memory but what each connection takes: figures for a quiet machine.
     Streams,
+    /// Fuzz what takes apart the bytes of others, each target for a while: fuzz/README.md
+    ///
+    /// Ends with a line for each target: how long it ran, inputs tried, what of the program they reached. The exit status is 0 if
+    /// none broke; what did is told with the input that did it. With 0 seconds the targets are built only.
+    Fuzz(fuzz::Fuzz),
     /// Write resources/openapi.json from the code
     ///
     /// What it says are the routes of api/src/routes/list.rs and the types that they read and write; a test compares it.
@@ -154,6 +160,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Bench => bench::bench(&layout).map(|()| DONE),
         Task::Accuracy => accuracy::accuracy(&layout).map(|()| DONE),
         Task::Streams => streams::streams(&layout).map(|()| DONE),
+        Task::Fuzz(fuzz) => Ok(if fuzz.run(&layout)? { DONE } else { FAILED }),
         Task::Openapi => openapi::write(&layout).map(|()| DONE),
         Task::Screenshots => screenshots::screenshots(&layout).map(|()| DONE),
         Task::Host(host) => host.run(&layout),
