@@ -12,6 +12,11 @@ fn begin() {
     let name = std::env::var("CHRONOVISOR_FUZZ").unwrap_or_default();
     let target = fuzz::named(&name).unwrap_or_else(|| panic!("CHRONOVISOR_FUZZ={name:?}: no such target"));
     TARGET.get_or_init(|| target);
+    #[expect(unsafe_code, reason = "a plain system call that no crate of ours wraps")]
+    // SAFETY: no handler: the signal is ignored, as Rust's own start, which libFuzzer's takes the place of, has it.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+    }
     // The host would fill 2 MiB with zeros for the first byte that a device writes.
     let _ = rustix::thread::disable_transparent_huge_pages(true);
 }

@@ -23,6 +23,10 @@ pub(crate) fn run(data: &[u8]) {
         let alone = format!("# HELP {name} {help}\n# TYPE {name} {kind}\n{}", family.samples);
         let again = Metrics::parse(alone).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(again.families().count(), 1);
-        assert!(family.samples.lines().all(|line| !line.contains("socket=\"")), "{}", family.samples);
+        assert!(
+            family.samples.lines().all(|line| !line.contains("socket=\"")),
+            "{}",
+            family.samples
+        );
     }
 }

@@ -22,8 +22,14 @@ const MOST_REQUESTS: usize = 32;
 const KERNEL: &str = r#"{"kernel_image_path": "/vmlinux"}"#;
 /// What table.txt's microVMs are configured as.
 const CONFIGURED: [(&str, &str); 5] = [
-    ("/drives/rootfs", r#"{"drive_id": "rootfs", "is_root_device": true, "path_on_host": "/rootfs"}"#),
-    ("/drives/data", r#"{"drive_id": "data", "is_root_device": false, "path_on_host": "/data"}"#),
+    (
+        "/drives/rootfs",
+        r#"{"drive_id": "rootfs", "is_root_device": true, "path_on_host": "/rootfs"}"#,
+    ),
+    (
+        "/drives/data",
+        r#"{"drive_id": "data", "is_root_device": false, "path_on_host": "/data"}"#,
+    ),
     (
         "/network-interfaces/eth0",
         r#"{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:ac:10:00:02"}"#,
@@ -118,21 +124,32 @@ impl Bench {
         let heads = request.method() == Method::HEAD;
         let response = self.router.clone().oneshot(request).await.expect("a router answers");
         let status = response.status();
-        let media = response.headers().get(header::CONTENT_TYPE).map(|media| media.as_bytes().to_vec());
+        let media = response
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .map(|media| media.as_bytes().to_vec());
         if media.as_deref().is_some_and(|media| media != b"application/json") {
             // The page, the text for Prometheus; or the stream, which has no end.
             assert_eq!(status, StatusCode::OK);
             return Some(status);
         }
-        let bytes = to_bytes(response.into_body(), usize::MAX).await.expect("it is in memory");
+        let bytes = to_bytes(response.into_body(), usize::MAX)
+            .await
+            .expect("it is in memory");
         match status.as_u16() {
-            200 => assert!(serde_json::from_slice::<Value>(&bytes).is_ok(), "{method} {path}: {bytes:?}"),
+            200 => assert!(
+                serde_json::from_slice::<Value>(&bytes).is_ok(),
+                "{method} {path}: {bytes:?}"
+            ),
             204 => assert!(bytes.is_empty(), "{method} {path}: {bytes:?}"),
             400 | 413 | 503 if heads => {}
             400 | 413 | 503 => {
                 let fault: serde_json::Map<String, Value> = serde_json::from_slice(&bytes).expect("a fault");
                 let said = fault.get("fault_message").and_then(Value::as_str);
-                assert!(fault.len() == 1 && said.is_some_and(|said| !said.is_empty()), "{fault:?}");
+                assert!(
+                    fault.len() == 1 && said.is_some_and(|said| !said.is_empty()),
+                    "{fault:?}"
+                );
             }
             _ => panic!("{method} {path}: {status}"),
         }
@@ -160,6 +177,8 @@ pub(crate) fn run(data: &[u8]) {
             Ok(Reply::Config(_)) => {}
             other => panic!("{other:?}"),
         };
-        bench.current.with(|fake| fake.send(Action::GetConfig, Box::new(configured)));
+        bench
+            .current
+            .with(|fake| fake.send(Action::GetConfig, Box::new(configured)));
     });
 }

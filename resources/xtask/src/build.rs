@@ -166,7 +166,15 @@ pub fn fuzzers(layout: &Layout) -> Result<PathBuf> {
     let mut command = base(layout);
     command
         .env("RUSTFLAGS", rustflags)
-        .args(["build", "--package=fuzz", "--features=engine", "--target", TARGET, "--profile=fuzz", "--target-dir"])
+        .args([
+            "build",
+            "--package=fuzz",
+            "--features=engine",
+            "--target",
+            TARGET,
+            "--profile=fuzz",
+            "--target-dir",
+        ])
         .arg(layout.target.join("fuzz/build"));
     program(&messages(&mut command)?, "fuzz")
 }

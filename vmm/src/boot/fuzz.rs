@@ -41,15 +41,22 @@ pub(crate) fn run(mut input: Input) {
     };
     match load(&source, &added, &memory, RSDP) {
         Ok(entry) => {
-            assert!((HIGH_MEMORY_START..memory.low_end()).contains(&entry.address), "{entry:?}");
+            assert!(
+                (HIGH_MEMORY_START..memory.low_end()).contains(&entry.address),
+                "{entry:?}"
+            );
             let mut cmdline = [0; CMDLINE_MAX];
             let view = memory.view();
-            view.read_slice(&mut cmdline, GuestAddress(CMDLINE)).expect("it was written");
+            view.read_slice(&mut cmdline, GuestAddress(CMDLINE))
+                .expect("it was written");
             assert!(cmdline.contains(&0), "a command line without an end");
             let word = |at| u64::from(view.read_obj::<u32>(GuestAddress(at)).expect("it was written"));
             let (start, len) = (word(RAMDISK_IMAGE), word(RAMDISK_SIZE));
             // PVH is told elsewhere, and of none both are zero.
-            assert!(len == 0 || start >= HIGH_MEMORY_START && start + len <= memory.low_end(), "{start:#x} {len:#x}");
+            assert!(
+                len == 0 || start >= HIGH_MEMORY_START && start + len <= memory.low_end(),
+                "{start:#x} {len:#x}"
+            );
         }
         // On one line, whatever is in the file.
         Err(error) => {

@@ -64,5 +64,9 @@ pub(crate) fn run(mut input: Input) {
     assert!(said.len() <= written, "{} bytes said, {written} written", said.len());
     let wishes: Vec<_> = heard.try_iter().collect();
     assert!(wishes.len() <= written, "{wishes:?}");
-    assert!(wishes.iter().all(|wish| matches!(wish, MachineEvent::PowerOff | MachineEvent::Reset)));
+    assert!(
+        wishes
+            .iter()
+            .all(|wish| matches!(wish, MachineEvent::PowerOff | MachineEvent::Reset))
+    );
 }

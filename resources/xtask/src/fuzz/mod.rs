@@ -61,6 +61,7 @@ struct Target {
     found: PathBuf,
     crashes: PathBuf,
     work: PathBuf,
+    lock: PathBuf,
 }
 
 impl Target {
@@ -74,6 +75,7 @@ impl Target {
             found: made.join("corpus").join(name),
             crashes: made.join("crashes").join(name),
             work: made.join("work").join(name),
+            lock: made.join("locks").join(name),
         }
     }
 }
@@ -127,8 +129,9 @@ impl Fuzz {
         if let Some(unknown) = self.targets.iter().find(|name| !names.contains(name)) {
             bail!("there is no target {unknown}: there are {}", names.join(", "));
         }
-        let wanted = |name: &&String| self.targets.is_empty() || self.targets.contains(name);
-        Ok(names.iter().filter(wanted).map(|name| Target::new(layout, name)).collect())
+        // In the order in which they are named.
+        let wanted = if self.targets.is_empty() { &names } else { &self.targets };
+        Ok(wanted.iter().map(|name| Target::new(layout, name)).collect())
     }
 
     fn tell(&self, layout: &Layout, program: &Path, target: &Target, ran: &Ran) -> Result<bool> {

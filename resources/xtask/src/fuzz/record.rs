@@ -59,7 +59,10 @@ fn page(runs: &str) -> Result<String> {
         let &[date, machine, target, seconds, cpu_seconds, executions, coverage, broke] = fields.as_slice() else {
             anyhow::bail!("fuzz/runs.tsv: not a run: {line:?}");
         };
-        let number = |text: &str| text.parse::<u64>().with_context(|| format!("fuzz/runs.tsv: {text:?} in {line:?}"));
+        let number = |text: &str| {
+            text.parse::<u64>()
+                .with_context(|| format!("fuzz/runs.tsv: {text:?} in {line:?}"))
+        };
         let sum = sums.entry(target).or_default();
         sum.runs += 1;
         sum.seconds += number(seconds)?;
@@ -127,7 +130,10 @@ mod tests {
             run("mmds", "900\t840\t234567\t512\tno"),
         ];
         let page = page(&runs.concat()).unwrap();
-        assert!(page.contains("| `mmds` | 2 | 30.0 | 24.0 | 1,234,567 | 512 | 0 |"), "{page}");
+        assert!(
+            page.contains("| `mmds` | 2 | 30.0 | 24.0 | 1,234,567 | 512 | 0 |"),
+            "{page}"
+        );
         assert!(page.contains("| `http` | 1 | 1.0 | 0.8 | 7 | 9 | 1 |"), "{page}");
         assert!(page.ends_with("1,234,574 executions in all.\n"), "{page}");
         assert!(super::page("head\nnonsense\n").is_err());

@@ -63,7 +63,9 @@ fn device(input: &mut Input) -> Option<(Shared, Host)> {
         }
         1..=3 => {
             let (image, path) = file(DISK_BYTES);
-            image.write_all_at(&[0x11; 1024], 512).expect("a file in memory takes it");
+            image
+                .write_all_at(&[0x11; 1024], 512)
+                .expect("a file in memory takes it");
             let drive = json!({
                 "drive_id": "d", "is_root_device": false, "path_on_host": path, "is_read_only": kind == 2,
                 "io_engine": if kind == 3 { "Async" } else { "Sync" }, "cache_type": "Writeback",
@@ -82,7 +84,8 @@ fn device(input: &mut Input) -> Option<(Shared, Host)> {
             if kind == 5 {
                 let now = Instant::now();
                 let mmds = Arc::new(Mutex::new(Mmds::new(1024, now).expect("the kernel has random bytes")));
-                net.set_detour(Box::new(Stack::new(DEFAULT_IPV4, mmds, now))).expect(NONE);
+                net.set_detour(Box::new(Stack::new(DEFAULT_IPV4, mmds, now)))
+                    .expect(NONE);
             }
             (Arc::new(Mutex::new(net)), Host::Wire(host))
         }
@@ -104,7 +107,9 @@ impl Host {
         match self {
             Self::Nobody => {}
             Self::Disk(block, image, path) => {
-                image.set_len(u64::from(input.u16())).expect("a file in memory can have any length");
+                image
+                    .set_len(u64::from(input.u16()))
+                    .expect("a file in memory can have any length");
                 // Refused where it is less than a sector.
                 drop(lock(block).set_file(path));
             }
@@ -262,9 +267,16 @@ impl Play {
             let buffer = self.buffer(input);
             let last = place + 1 == count;
             let flags = u16::from(!last) | u16::from(buffer.writable) << 1;
-            self.write_at(at + 16 * u64::from(place), &bytes_of(buffer, flags, u16::from(place) + 1));
+            self.write_at(
+                at + 16 * u64::from(place),
+                &bytes_of(buffer, flags, u16::from(place) + 1),
+            );
         }
-        let len = if shape & 0x80 == 0 { 16 * u32::from(count) } else { input.u32() };
+        let len = if shape & 0x80 == 0 {
+            16 * u32::from(count)
+        } else {
+            input.u32()
+        };
         let table = from_driver(at, len);
         let head = self.driver.put(queue, &[table]);
         self.driver.descriptor(queue, head, table, 4, 0);
@@ -309,7 +321,11 @@ impl Play {
 
     fn offset(input: &mut Input) -> u64 {
         let offset = u64::from(input.u8());
-        if offset < 0x40 { 4 * offset } else { 0x100 + offset - 0x40 }
+        if offset < 0x40 {
+            4 * offset
+        } else {
+            0x100 + offset - 0x40
+        }
     }
 
     fn write_register(&mut self, input: &mut Input) {
