@@ -25,6 +25,9 @@ const TIMEOUT_S: u32 = 600;
 /// A target that comes to have more than this has broken its promise to keep nothing.
 const RSS_LIMIT_MIB: u32 = 1024;
 
+/// What the repository keeps of a target's corpus: the shortest inputs, as many as fit.
+const MAX_CORPUS_BYTES: u64 = 96 << 10;
+
 /// What came of a run.
 #[derive(Debug)]
 pub struct Ran {
@@ -96,7 +99,8 @@ pub fn run(program: &Path, target: &Target, seconds: u32) -> Result<Ran> {
     Ok(ran)
 }
 
-/// Has `fuzz/corpus` be what of all inputs reaches what any of them reaches, and what no seed does; what came of it, in words.
+/// Has `fuzz/corpus` be what of all inputs reaches what any of them reaches, as much of it as shall be kept, seeds apart; what came of
+/// it, in words.
 pub fn minimize(program: &Path, target: &Target, source: &Path) -> Result<String> {
     let corpus = source.join("corpus").join(&target.name);
     let merged = target.work.with_extension("merged");
@@ -124,17 +128,25 @@ pub fn minimize(program: &Path, target: &Target, source: &Path) -> Result<String
     }
     remove(&corpus)?;
     fs::create_dir_all(&corpus)?;
-    let (mut count, mut bytes) = (0, 0);
-    for kept in fs::read_dir(&merged)? {
+    let kept = fs::read_dir(&merged)?.map(|kept| {
         let kept = kept?;
-        bytes += fs::copy(kept.path(), corpus.join(kept.file_name()))?;
+        Ok((kept.metadata()?.len(), kept.file_name()))
+    });
+    let mut kept = kept.collect::<Result<Vec<_>>>()?;
+    kept.sort();
+    let (mut count, mut bytes) = (0, 0);
+    for (len, name) in &kept {
+        if bytes + len > MAX_CORPUS_BYTES {
+            break;
+        }
+        fs::copy(merged.join(name), corpus.join(name))?;
+        bytes += len;
         count += 1;
     }
     remove(&merged)?;
+    let (name, all, corpus) = (&target.name, kept.len(), corpus.display());
     Ok(format!(
-        "{:<14} {count} inputs, {bytes} bytes, in {}",
-        target.name,
-        corpus.display()
+        "{name:<14} {count} inputs of {all}, {bytes} bytes, in {corpus}"
     ))
 }
 
