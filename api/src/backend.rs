@@ -79,7 +79,7 @@ impl Backend for VmmHandle {
 }
 
 /// A microVM of thin air: its lifecycle is the real one, over a machine that is not there; its readings are made up.
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fake {
     use accounting::account::{Explanation, ProbeValues, SourceClaim};
     use accounting::reading::{Bounds, Exits, Histogram, HostCpu, Mode, Modes, Pending, Source, VcpuState};
@@ -133,6 +133,7 @@ pub(crate) mod fake {
 
     impl Fake {
         /// In `state`, with two vCPUs.
+        #[cfg_attr(not(test), expect(dead_code, reason = "the tests' alone"))]
         pub(crate) fn new(state: RunState) -> Self {
             let fake = Self(FakeVm::new());
             let config = MachineConfig {
@@ -153,6 +154,12 @@ pub(crate) mod fake {
                 fake.0.act(Action::Pause).unwrap();
             }
             fake
+        }
+
+        /// Over `vm`.
+        #[cfg(feature = "fuzzing")]
+        pub(crate) fn of(vm: FakeVm) -> Self {
+            Self(vm)
         }
     }
 

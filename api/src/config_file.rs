@@ -13,6 +13,10 @@ use vmm::config::{BootSource, CpuConfig, Drive, NetworkInterface};
 
 use crate::step::Step;
 
+#[cfg(feature = "fuzzing")]
+#[path = "config_file_fuzz.rs"]
+pub(crate) mod fuzz;
+
 /// No configuration is larger; a path to /dev/zero ends here.
 const MAX_BYTES: u64 = 1 << 20;
 

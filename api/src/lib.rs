@@ -15,6 +15,8 @@ mod exit;
 mod exporter;
 mod figures;
 pub mod fleet;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 mod heap;
 mod host;
 mod jail;

@@ -29,6 +29,8 @@ mod end;
 mod event_loop;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 pub mod host;
 pub mod kvm;
 pub mod layout;

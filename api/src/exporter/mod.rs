@@ -14,6 +14,8 @@
 //!
 //! It reads, and changes nothing; but it has to be allowed to open the sockets, which are their owners' alone.
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod memory;
 mod page;
 mod parse;

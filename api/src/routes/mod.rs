@@ -14,6 +14,8 @@ mod count;
 mod devices;
 mod drives;
 mod fault;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod host;
 mod id;
 mod interfaces;

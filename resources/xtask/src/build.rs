@@ -166,6 +166,32 @@ pub fn of_tests(layout: &Layout, name: &str) -> Result<PathBuf> {
     program(&messages, name)
 }
 
+/// The fuzzers: one program, instrumented for libFuzzer as cargo-fuzz does it, but for its sanitizers, which stable Rust has not. In a
+/// target directory of its own, for its flags would have everything built anew by turns.
+///
+/// Without `--cfg fuzzing`: by that smoltcp takes any checksum for right, and what is fuzzed shall be what is shipped.
+pub fn fuzzers(layout: &Layout) -> Result<PathBuf> {
+    const FLAGS: &str = " -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+        -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+        -Cllvm-args=-sanitizer-coverage-trace-compares";
+    let mut rustflags = std::env::var_os("RUSTFLAGS").unwrap_or_default();
+    rustflags.push(FLAGS);
+    let mut command = base(layout);
+    command
+        .env("RUSTFLAGS", rustflags)
+        .args([
+            "build",
+            "--package=fuzz",
+            "--features=engine",
+            "--target",
+            TARGET,
+            "--profile=fuzz",
+            "--target-dir",
+        ])
+        .arg(layout.target.join("fuzz/build"));
+    program(&messages(&mut command)?, "fuzz")
+}
+
 /// What takes screenshots, and the `chronovisor` program that they are of, which is linked into the bed.
 pub fn screenshots(layout: &Layout) -> Result<PathBuf> {
     let messages = cargo_build(layout, PROFILE, &["--package=api", "--package=tests", "--bins"])?;

@@ -14,6 +14,7 @@ mod debian;
 mod demo;
 mod faults;
 mod flood;
+mod fuzz;
 mod host;
 mod instructions;
 mod kill;
@@ -135,6 +136,11 @@ enum Task {
     /// With flat guests on this machine's /dev/kvm, a minute or two. Ends with status 1 if one does not start after a kill, or if a
     /// write is lost that its guest was told is flushed.
     Kill(kill::Kill),
+    /// Fuzz what takes apart the bytes of others, each target for a while: fuzz/README.md
+    ///
+    /// Ends with a line for each target: how long it ran, inputs tried, what of the program they reached. The exit status is 0 if
+    /// none broke; what did is told with the input that did it. With 0 seconds the targets are built only.
+    Fuzz(fuzz::Fuzz),
     /// Write resources/openapi.json from the code
     ///
     /// What it says are the routes of api/src/routes/list.rs and the types that they read and write; a test compares it.
@@ -200,6 +206,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Flood => flood::flood(&layout).map(|()| DONE),
         Task::Faults => faults::faults(&layout).map(|()| DONE),
         Task::Kill(kill) => kill::kill(&layout, &kill).map(|()| DONE),
+        Task::Fuzz(fuzz) => Ok(if fuzz.run(&layout)? { DONE } else { FAILED }),
         Task::Openapi => openapi::write(&layout).map(|()| DONE),
         Task::Screenshots => screenshots::screenshots(&layout).map(|()| DONE),
         Task::Host(host) => host.run(&layout),

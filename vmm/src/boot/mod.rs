@@ -13,6 +13,8 @@
 //! is used. An error names the file and what to do. Nothing but guest memory is changed.
 
 mod elf;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod initrd;
 mod kernel;
 mod params;

@@ -86,10 +86,9 @@ fn zero_page(
     page.hdr.type_of_loader = LOADER_UNDEFINED;
     page.hdr.cmd_line_ptr = low_u32(CMDLINE);
     page.hdr.cmdline_size = u32::try_from(cmdline_len).expect("at most CMDLINE_MAX");
-    if let Some(initrd) = initrd {
-        page.hdr.ramdisk_image = low_u32(initrd.start);
-        page.hdr.ramdisk_size = low_u32(initrd.len);
-    }
+    // Whatever the file's own header says of one.
+    page.hdr.ramdisk_image = initrd.map_or(0, |initrd| low_u32(initrd.start));
+    page.hdr.ramdisk_size = initrd.map_or(0, |initrd| low_u32(initrd.len));
     let map = memory_map(memory);
     for (slot, &(addr, size, r#type)) in page.e820_table.iter_mut().zip(&map) {
         *slot = boot_e820_entry { addr, size, r#type };

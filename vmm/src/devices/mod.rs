@@ -3,6 +3,8 @@
 //! The bus is fixed when the machine is built: a `match` on ports, an index by address, no lock. Each device locks itself, for as long
 //! as it takes to read or write one register. An address nobody claims reads as all ones and swallows writes, as on a PC.
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 pub mod i8042;
 pub mod pm;
 pub mod ring;

@@ -479,6 +479,14 @@ impl std::fmt::Debug for Stack {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+#[path = "stack_bounds.rs"]
+mod bounds;
+
+#[cfg(feature = "fuzzing")]
+#[path = "fuzz.rs"]
+pub(crate) mod fuzz;
+
 #[cfg(test)]
 #[path = "stack_tests.rs"]
 mod stack_tests;

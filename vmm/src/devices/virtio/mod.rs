@@ -20,6 +20,8 @@
 
 pub mod balloon;
 pub mod block;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 #[cfg(test)]
 pub mod hostile;
 pub mod mmio;
@@ -27,7 +29,8 @@ pub mod net;
 pub mod queue;
 pub mod rate_limiter;
 pub mod rng;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), expect(dead_code, reason = "a part of it is the tests' alone"))]
 pub mod testing;
 mod timer;
 pub mod vsock;

@@ -51,7 +51,7 @@ pub struct RngMetrics {
 }
 
 /// Fills the front of a buffer, without waiting; how much of it.
-type Source = fn(&mut [u8]) -> io::Result<usize>;
+pub(super) type Source = fn(&mut [u8]) -> io::Result<usize>;
 
 fn host(bytes: &mut [u8]) -> io::Result<usize> {
     Ok(getrandom(bytes, GetRandomFlags::NONBLOCK)?)
@@ -60,7 +60,7 @@ fn host(bytes: &mut [u8]) -> io::Result<usize> {
 /// An entropy device.
 #[derive(Debug)]
 pub struct Rng {
-    source: Source,
+    pub(super) source: Source,
     /// The source gave something once. From then on it always does.
     seeded: bool,
     retry: Timer,

@@ -169,6 +169,12 @@ impl Net {
         Self::with_tap(config, taps.tap_of(config)?)
     }
 
+    /// One on a wire whose other end is that of `socket`.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn on_wire(config: &NetworkInterface, socket: std::os::fd::OwnedFd) -> Result<Self, NetError> {
+        Self::with_tap(config, Tap::of(socket))
+    }
+
     fn with_tap(config: &NetworkInterface, tap: impl Into<Arc<Tap>>) -> Result<Self, NetError> {
         let limiter = |limit| {
             RateLimiter::new(limit).map_err(|source| NetError::Timer {

@@ -153,7 +153,7 @@ impl Tap {
     }
 
     /// A socket that stands for a tap: what is sent to its other end is received here.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn of(socket: impl Into<std::os::fd::OwnedFd>) -> Self {
         Self {
             name: "test".into(),

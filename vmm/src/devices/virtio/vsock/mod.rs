@@ -10,6 +10,8 @@
 //! Clients are taken in from when the guest's driver is ready: until then they wait in the socket's queue.
 
 mod connection;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod metrics;
 mod mux;
 mod packet;
@@ -93,7 +95,7 @@ pub struct Vsock {
     /// Since when the guest is held, if it is: it cannot answer, and nobody is late.
     held_since: Option<Instant>,
     /// Where time stands still, it is this.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     clock: Option<Instant>,
 }
 
@@ -114,7 +116,7 @@ impl Vsock {
             mux: Mux::new(cid.into(), socket).map_err(VsockError::Descriptors)?,
             active: None,
             held_since: None,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "fuzzing"))]
             clock: None,
         })
     }
@@ -144,12 +146,12 @@ impl Vsock {
         self.held_since.unwrap_or_else(|| self.now())
     }
 
-    #[cfg(not(test))]
+    #[cfg(not(any(test, feature = "fuzzing")))]
     fn now(&self) -> Instant {
         Instant::now()
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     fn now(&self) -> Instant {
         self.clock.unwrap_or_else(Instant::now)
     }

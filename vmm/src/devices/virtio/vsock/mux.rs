@@ -164,19 +164,19 @@ impl Mux {
     }
 
     /// Connections, greetings and partings there are.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn sockets(&self) -> usize {
         self.entries.len()
     }
 
     /// Places taken in the line of those with something to tell the guest.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn line(&self) -> usize {
         self.speakers.len()
     }
 
     /// Of one of the connections.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn some_ports(&self) -> Option<Ports> {
         self.by_ports
             .keys()
