@@ -12,6 +12,8 @@ mod clients;
 mod cpio;
 mod debian;
 mod demo;
+#[cfg(test)]
+mod documents;
 mod faults;
 mod flood;
 mod fuzz;

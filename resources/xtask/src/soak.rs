@@ -228,7 +228,7 @@ the last. Readings between all steps are held to the laws: one broken would have
 /// What `program N` prints, which is shown as it comes.
 fn lines<T: DeserializeOwned>(layout: &Layout, name: &str, n: u64) -> Result<Vec<T>> {
     let program = build::measuring(layout, name)?;
-    let progress = Progress::new(&format!("{name} {n}"));
+    let progress = Progress::new(format!("{name} {n}"));
     let (mut lines, mut other) = (Vec::new(), Vec::new());
     let mut command = Command::new(&program);
     command.arg(n.to_string()).env("CHRONOVISOR_BED", layout.bed());
