@@ -27,7 +27,7 @@ pub(crate) fn run(mut input: Input) {
     while !input.is_empty() {
         let step = input.u8();
         let offset = u16::from(step & 7);
-        let width = [1, 1, 1, 2, 4, 8][usize::from(step >> 3 & 7) % 6];
+        let width = [1, 2, 4, 8][usize::from(step >> 3 & 3)];
         let port = match step >> 6 {
             0 => COM1_PORT + offset % COM1_LEN,
             1 if offset & 1 == 0 => I8042_DATA,
