@@ -25,7 +25,8 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Each thread's name, and what /proc says of its confinement.
+/// Each thread's name, and what /proc says of its confinement; but for the kernel's own threads in the process, which make no system
+/// calls: KVM's, that looks for huge pages to split, and io_uring's workers.
 fn threads(pid: u32) -> BTreeMap<String, (String, String)> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("it is there");
     let one = |task: &Path| {
@@ -34,7 +35,8 @@ fn threads(pid: u32) -> BTreeMap<String, (String, String)> {
             let line = status.lines().find_map(|line| line.strip_prefix(name))?;
             Some(line.trim().to_owned())
         };
-        Some((field("Name:")?, (field("Seccomp:")?, field("NoNewPrivs:")?)))
+        let name = field("Name:").filter(|name| !name.starts_with("kvm-nx-") && !name.starts_with("iou-"))?;
+        Some((name, (field("Seccomp:")?, field("NoNewPrivs:")?)))
     };
     tasks.filter_map(|task| one(&task.ok()?.path())).collect()
 }
