@@ -167,7 +167,7 @@ pub fn own_streams() {
         };
         // A device that is no terminal may do more, when opened, than to be open.
         let terminal = std::fs::read_link(&path).is_ok_and(|to| to.starts_with("/dev/pts/"));
-        if !metadata.file_type().is_fifo() && !(terminal && metadata.file_type().is_char_device()) {
+        if !terminal && !metadata.file_type().is_fifo() {
             continue;
         }
         let stream = match number {
