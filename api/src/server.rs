@@ -107,7 +107,8 @@ impl Server {
                         .enable_io()
                         .enable_time()
                         .thread_stack_size(vmm::STACK)
-                        .build()?,
+                        .build()
+                        .map_err(|e| io::Error::new(e.kind(), format!("its event loop cannot be made: {e}")))?,
                 ))
             });
             // Dropped before it was opened.
@@ -125,8 +126,10 @@ impl Server {
                 cpus.get_or_init(|| host);
                 let _in_runtime = runtime.enter();
                 let in_unix = |unix: Listening| unix.try_map(tokio::net::UnixListener::from_std);
-                let unix = listeners.unix.map(in_unix).transpose()?;
-                let tcp = listeners.tcp.map(tokio::net::TcpListener::from_std).transpose()?;
+                let unwaited = |e: io::Error| io::Error::new(e.kind(), format!("its socket cannot be waited for: {e}"));
+                let unix = listeners.unix.map(in_unix).transpose().map_err(unwaited)?;
+                let tcp = listeners.tcp.map(tokio::net::TcpListener::from_std).transpose();
+                let tcp = tcp.map_err(unwaited)?;
                 Ok((runtime, unix, tcp))
             });
             let (runtime, unix, tcp) = match listening {
