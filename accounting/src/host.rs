@@ -51,8 +51,10 @@ impl HostCpus {
         let mut isolated = list(&system.join("isolated"))?.unwrap_or_default();
         // Written by cpuset partitions of type "isolated" (Documentation/admin-guide/cgroup-v2.rst).
         isolated.extend(list(Path::new("/sys/fs/cgroup/cpuset.cpus.isolated"))?.unwrap_or_default());
-        let affinity = affinity_of_this_thread()?;
-        let allowed = allowed_by_cpuset(&online, &affinity)?;
+        let affinity = affinity_of_this_thread();
+        let affinity = affinity.map_err(|e| io::Error::new(e.kind(), format!("the CPUs of this thread: {e}")))?;
+        let allowed = allowed_by_cpuset(&online, &affinity);
+        let allowed = allowed.map_err(|e| io::Error::new(e.kind(), format!("the CPUs of this cpuset: {e}")))?;
         Ok(Self {
             nohz_full: list(&system.join("nohz_full"))?,
             present,

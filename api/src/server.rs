@@ -113,7 +113,8 @@ impl Server {
                     .enable_time()
                     .thread_stack_size(vmm::STACK)
                     .on_thread_start(|| seccomp::inherited(Some(Role::Api)))
-                    .build()?;
+                    .build()
+                    .map_err(|e| io::Error::new(e.kind(), format!("its event loop cannot be made: {e}")))?;
                 // Here, where nobody waits for it yet.
                 seccomp::enter(Role::Api)?;
                 Ok((host, runtime))
@@ -133,8 +134,10 @@ impl Server {
                 cpus.get_or_init(|| host);
                 let _in_runtime = runtime.enter();
                 let in_unix = |unix: Listening| unix.try_map(tokio::net::UnixListener::from_std);
-                let unix = listeners.unix.map(in_unix).transpose()?;
-                let tcp = listeners.tcp.map(tokio::net::TcpListener::from_std).transpose()?;
+                let unwaited = |e: io::Error| io::Error::new(e.kind(), format!("its socket cannot be waited for: {e}"));
+                let unix = listeners.unix.map(in_unix).transpose().map_err(unwaited)?;
+                let tcp = listeners.tcp.map(tokio::net::TcpListener::from_std).transpose();
+                let tcp = tcp.map_err(unwaited)?;
                 Ok((runtime, unix, tcp, listeners.token))
             });
             let (runtime, unix, tcp, token) = match listening {

@@ -183,7 +183,7 @@ impl Rounds<Host> {
 
 /// One in eight computes and exits without end; the others have halted.
 fn flat(index: usize) -> Vm {
-    if index % 8 == 0 {
+    if index.is_multiple_of(8) {
         Vm::flat(&Program::by_turns(), [])
     } else {
         Vm::flat(&Program::halt(), [])

@@ -30,6 +30,14 @@ pub enum KvmError {
     /// It cannot be opened.
     #[error("cannot open /dev/kvm: {0}; check that the kvm module loaded without complaint (`dmesg`)")]
     Open(io::Error),
+    /// It does not say what it has.
+    #[error("/dev/kvm does not answer what it has ({what}): {source}; look at the host's kernel log (`dmesg`)")]
+    Ask {
+        /// What it was asked for.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
     /// A KVM from before 2007.
     #[error("/dev/kvm speaks version {0} of KVM's interface, 12 is needed: use a Linux kernel of 5.10 or later")]
     Version(i32),
@@ -80,15 +88,23 @@ pub fn open() -> Result<Kvm, KvmError> {
 /// See [`KvmError`].
 pub fn open_without(unneeded: impl Fn(u32) -> bool) -> Result<Kvm, KvmError> {
     let kvm = Kvm::new_with_path(DEVICE).map_err(|e| open_error(e.errno()))?;
-    let version = kvm.get_api_version();
+    let answer = |what, answer: i32| match answer {
+        ..0 => Err(KvmError::Ask {
+            what,
+            source: io::Error::last_os_error(),
+        }),
+        answer => Ok(answer),
+    };
+    let version = answer("its version", kvm.get_api_version())?;
     if u32::try_from(version) != Ok(KVM_API_VERSION) {
         return Err(KvmError::Version(version));
     }
-    let lacks = |cap: Cap| !unneeded(cap as u32) && !kvm.check_extension(cap);
-    match NEEDED.iter().find(|(cap, _)| lacks(*cap)) {
-        Some((_, name)) => Err(KvmError::Capability(name)),
-        None => Ok(kvm),
+    for (cap, name) in NEEDED {
+        if !unneeded(cap as u32) && answer(name, kvm.check_extension_int(cap))? == 0 {
+            return Err(KvmError::Capability(name));
+        }
     }
+    Ok(kvm)
 }
 
 fn open_error(errno: i32) -> KvmError {

@@ -27,11 +27,11 @@ Calls of the running guest and of its end are among them: a KVM_RUN that fails e
 ";
 
 /// Makes them fail, and writes the report.
-pub fn faults(layout: &Layout) -> Result<()> {
+pub fn faults(layout: &Layout, every: u32) -> Result<()> {
     let program = build::of_tests(layout, "faults")?;
     let mut report = String::new();
     let mut command = Command::new(&program);
-    command.env("CHRONOVISOR_BED", layout.bed());
+    command.arg(every.to_string()).env("CHRONOVISOR_BED", layout.bed());
     let kept = follow(&mut command, |line| {
         println!("{line}");
         report += line;
@@ -39,8 +39,10 @@ pub fn faults(layout: &Layout) -> Result<()> {
     })?;
     let Machine { date, cpus, kernel } = Machine::look();
     let path = layout.root.join("docs/faults.md");
-    let head =
-        format!("# Faults, one at a time\n\nBy `cargo xtask faults`, {date}, on {cpus}, Linux {kernel}.\n{PROMISE}\n");
+    let head = format!(
+        "# Faults, one at a time\n\nBy `cargo xtask faults --every {every}`, {date}, on {cpus}, Linux {kernel}: each fault point for 1, \
+         every seventh for 7.\n{PROMISE}\n"
+    );
     fs::write(&path, head + &report).with_context(|| format!("cannot write {}", path.display()))?;
     println!("{}", path.display());
     ensure!(kept, "some starts did not keep the promise: they are named above");

@@ -132,7 +132,11 @@ enum Task {
     ///
     /// Some 1,600 starts of flat guests on this machine's /dev/kvm, which take a quarter of an hour. Ends with status 1 if one of them
     /// left something behind, hung, or was no clear refusal.
-    Faults,
+    Faults {
+        /// Of the points only every so many-th
+        #[arg(long, default_value_t = 1)]
+        every: u32,
+    },
     /// Kill microVMs with SIGKILL at random moments of boot and I/O: docs/kill.md
     ///
     /// With flat guests on this machine's /dev/kvm, a minute or two. Ends with status 1 if one does not start after a kill, or if a
@@ -206,7 +210,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Soak { minutes } => soak::soak(&layout, minutes).map(|()| DONE),
         Task::Churn { rounds } => soak::churn(&layout, rounds).map(|()| DONE),
         Task::Flood => flood::flood(&layout).map(|()| DONE),
-        Task::Faults => faults::faults(&layout).map(|()| DONE),
+        Task::Faults { every } => faults::faults(&layout, every).map(|()| DONE),
         Task::Kill(kill) => kill::kill(&layout, &kill).map(|()| DONE),
         Task::Fuzz(fuzz) => Ok(if fuzz.run(&layout)? { DONE } else { FAILED }),
         Task::Openapi => openapi::write(&layout).map(|()| DONE),

@@ -69,7 +69,7 @@ fn main() -> ExitCode {
         }
         println!("\nThe words of its refusals, and how often each:\n");
         for (line, times) in &lines {
-            println!("* {times}: {}", line.replace("/tmp/", ""));
+            println!("* {times}: {line}");
         }
         println!();
     }

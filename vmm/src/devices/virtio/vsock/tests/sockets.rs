@@ -11,19 +11,12 @@ fn refused(path: &Path) -> String {
 #[test]
 fn a_path_that_cannot_be_is_refused_with_what_to_do_and_left_as_it_was() {
     let folder = Folder::new();
-    let (in_use, stale, plain, link) = (
-        folder.path("in-use"),
-        folder.path("stale"),
-        folder.path("plain"),
-        folder.path("link"),
-    );
+    let (in_use, plain, link) = (folder.path("in-use"), folder.path("plain"), folder.path("link"));
     let _listener = UnixListener::bind(&in_use).unwrap();
-    drop(UnixListener::bind(&stale).unwrap());
     std::fs::write(&plain, "precious").unwrap();
     symlink(folder.path("target"), &link).unwrap();
     let table = [
         (in_use.clone(), "another process is listening"),
-        (stale.clone(), "remove it (rm "),
         (plain.clone(), "not a socket"),
         (link.clone(), "not a socket"),
         (folder.path("missing/s"), "directory does not exist"),
@@ -38,8 +31,19 @@ fn a_path_that_cannot_be_is_refused_with_what_to_do_and_left_as_it_was() {
             "{said}"
         );
     }
-    assert!(in_use.exists() && stale.exists() && !folder.path("target").exists());
+    assert!(in_use.exists() && !folder.path("target").exists());
     assert_eq!(std::fs::read_to_string(&plain).unwrap(), "precious");
+}
+
+#[test]
+fn one_left_behind_by_a_process_that_has_ended_is_replaced() {
+    let folder = Folder::new();
+    let path = folder.path("v");
+    drop(UnixListener::bind(&path).unwrap());
+    let vsock = Vsock::new(&config(&path)).unwrap();
+    assert!(UnixStream::connect(&path).is_ok());
+    drop(vsock);
+    assert!(!path.exists());
 }
 
 #[test]
