@@ -362,6 +362,7 @@ impl Drop for Quota {
 #[test]
 fn a_quota_on_a_cgroup_above_is_named_by_its_file() {
     require_bed!(nohz_full);
+    tests::require_no_jail!("in there the file is below /sys/fs/cgroup: nohz_full_jail looks for it");
     let quota = Quota::new();
     let enter = "echo $$ > /run/cgroup/quota/inner/cgroup.procs";
     let mut vm = Vm::flat_after(enter, &Program::spin_forever(), ["--pin", "1"]);

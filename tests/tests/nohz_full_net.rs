@@ -108,6 +108,7 @@ fn rate(bytes: fn() -> u64, time: Duration) -> f64 {
 #[test]
 fn pings_come_back_and_64_mib_of_tcp_arrive_unchanged_in_both_directions() {
     require_bed!(nohz_full);
+    tests::require_no_jail!("the microVM makes its tap, which takes a capability that a jail has not");
     in_own_network(|| {
         let mut vm = guest("net-up,net-receive:5001,net-send:5002,poweroff", json!({}), json!({}));
         vm.process.wait_for("chronovisor guest: net-receive 5001: listening");
@@ -162,6 +163,7 @@ fn pings_come_back_and_64_mib_of_tcp_arrive_unchanged_in_both_directions() {
 #[test]
 fn metadata_of_a_file_up_to_a_limit_is_told_to_a_guest_that_has_a_token() {
     require_bed!(nohz_full);
+    tests::require_no_jail!("the microVM makes its tap, which takes a capability that a jail has not");
     in_own_network(|| {
         let folder = Folder::new();
         let document = json!({ "latest": { "meta-data": { "instance-id": "i-4242" } } }).to_string();
@@ -211,6 +213,7 @@ fn metadata_of_a_file_up_to_a_limit_is_told_to_a_guest_that_has_a_token() {
 #[test]
 fn metadata_of_version_1_is_told_to_a_guest_without_a_token() {
     require_bed!(nohz_full);
+    tests::require_no_jail!("the microVM makes its tap, which takes a capability that a jail has not");
     in_own_network(|| {
         let folder = Folder::new();
         let document = json!({ "latest": { "meta-data": { "instance-id": "i-1" } } }).to_string();
@@ -228,6 +231,7 @@ fn metadata_of_version_1_is_told_to_a_guest_without_a_token() {
 #[test]
 fn a_limited_interface_sends_at_its_rate_within_5_percent_over_10_s_and_a_patch_changes_it() {
     require_bed!(nohz_full);
+    tests::require_no_jail!("the microVM makes its tap, which takes a capability that a jail has not");
     in_own_network(|| {
         let limit = |rate: u64| json!({ "bandwidth": { "size": rate / 10, "refill_time": 100 } });
         let limited = json!({ "tx_rate_limiter": limit(MIB) });
@@ -258,6 +262,7 @@ fn a_limited_interface_sends_at_its_rate_within_5_percent_over_10_s_and_a_patch_
 #[test]
 fn a_limited_interface_receives_at_its_rate_within_5_percent_over_10_s() {
     require_bed!(nohz_full);
+    tests::require_no_jail!("the microVM makes its tap, which takes a capability that a jail has not");
     in_own_network(|| {
         let limited = json!({ "rx_rate_limiter": { "bandwidth": { "size": MIB / 10, "refill_time": 100 } } });
         let mut vm = guest("net-up,net-receive:5001,poweroff", limited, json!({}));
@@ -278,6 +283,7 @@ fn a_limited_interface_receives_at_its_rate_within_5_percent_over_10_s() {
 #[test]
 fn pauses_in_the_middle_of_a_transfer_lose_nothing_of_it() {
     require_bed!(nohz_full);
+    tests::require_no_jail!("the microVM makes its tap, which takes a capability that a jail has not");
     in_own_network(|| {
         // It stays until the host has read the last of it, and the last pause is over.
         let plan = "net-up,net-receive:5001,net-send:5002,sleep:5000,poweroff";
@@ -316,6 +322,7 @@ fn pauses_in_the_middle_of_a_transfer_lose_nothing_of_it() {
 #[test]
 fn a_tap_that_vanishes_under_traffic_does_not_stop_the_guest() {
     require_bed!(nohz_full);
+    tests::require_no_jail!("the microVM makes its tap, which takes a capability that a jail has not");
     in_own_network(|| {
         let mut vm = guest("net-up,net-flood:3000,poweroff", json!({}), json!({}));
         let listener = TcpListener::bind("172.16.0.1:5003").expect("a port");
