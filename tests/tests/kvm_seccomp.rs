@@ -205,10 +205,8 @@ fn a_vmm_thread_that_makes_a_forbidden_call_ends_the_process_and_what_it_leaves_
     served.start();
     let _ = client::request(&served.socket, "PUT", "/vcpus/0/affinity", Some(r#"{"cpu": "none"}"#));
     let (folder, socket) = served.ends_by("vmm", "vmm", "sched_setaffinity");
-    // A socket that nobody listens on: said, with what to do; done, the same microVM starts again with the same disk.
-    let path = socket.display().to_string();
-    fails(&["--api-sock", &path], 1, &[&path, "left behind", "rm "]);
-    std::fs::remove_file(&socket).expect("it is there");
+    assert!(socket.exists(), "nothing is cleaned up");
+    // The same microVM starts again, with the same socket and disk.
     let again = Served::in_folder(folder, &[]);
     again.wait_for_api();
     again.start();
