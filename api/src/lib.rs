@@ -54,14 +54,25 @@ pub fn main() -> ExitCode {
             .map(String::as_str)
             .or(payload.downcast_ref::<&str>().copied());
         let message = text.unwrap_or("no message");
-        if message.contains("alternative stack") {
-            // Want of memory, and std's own word for it in a thread that has just begun (sys/pal/unix/stack_overflow.rs): the
-            // process is aborted next, whatever is caught.
+        // Want of something, in words of others' for which there is no error: of std, in a thread that has just begun
+        // (sys/pal/unix/stack_overflow.rs), and the process is aborted next, whatever is caught; and of tokio, whose runtime listens
+        // for signals if any part of the program does (signal/unix.rs).
+        let want = [
+            (
+                "alternative stack",
+                "start a thread",
+                "the address space limit (ulimit -v)",
+            ),
+            (
+                "failed to create UnixStream",
+                "make the API's event loop",
+                "the limit on open files (ulimit -n)",
+            ),
+        ];
+        if let Some((_, what, limit)) = want.iter().find(|(text, ..)| message.contains(text)) {
             console::restore();
             vmm::unix_socket::remove_all();
-            exit::say(&format!(
-                "cannot start a thread: {message}; raise the address space limit (ulimit -v)"
-            ));
+            exit::say(&format!("cannot {what}: {message}; raise {limit}"));
             std::process::exit(exit::FAILED.into());
         }
         let place = info.location().map(ToString::to_string).unwrap_or_default();

@@ -189,6 +189,8 @@ fn by_flag(error: &ActionError) -> String {
 
 fn launch(plan: Plan) -> Result<u8> {
     seccomp::choose(plan.policy);
+    // The first question for the time asks where the vDSO is, by calls that no role may make: prctl(2), and open(2) before Linux 6.4.
+    let _ = accounting::clock::monotonic_raw_ns();
     handover::take();
     signals::ignore_file_size_limit();
     let blocked = signals::block().context("the signals that end it cannot be blocked")?;

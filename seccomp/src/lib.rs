@@ -155,6 +155,7 @@ pub fn enter(role: Role) -> io::Result<()> {
     };
     violation::listen()?;
     violation::this_thread_is(role);
+    let_the_heap_shrink();
     apply_filter(program).map_err(|error| {
         io::Error::other(format!(
             "the seccomp filter of its {} threads cannot be installed: {error}; the kernel has to have \
@@ -162,6 +163,16 @@ pub fn enter(role: Role) -> io::Result<()> {
             role.name()
         ))
     })
+}
+
+/// Has the C library ask now what it else asks of the kernel on the first thread whose heap has much to give back: whether memory is
+/// overcommitted, by opening a file (glibc, malloc/arena.c: check_may_shrink_heap). That may be a vCPU's thread, which frees what a
+/// device held when its guest resets that, and opens no files.
+fn let_the_heap_shrink() {
+    // Each from the heap and not from mmap (M_MMAP_THRESHOLD), and together more than is kept for later (M_TRIM_THRESHOLD), both 128
+    // KiB.
+    let blocks: [Vec<u8>; 4] = std::array::from_fn(|_| Vec::with_capacity(100 << 10));
+    drop(std::hint::black_box(blocks));
 }
 
 /// The calling thread's role, if it has one: for those that it starts.

@@ -2,7 +2,7 @@
 //! [`STATUS`].
 //!
 //! All of it happens in a signal handler, on the thread that made the call and under its filter: nothing is allocated, no lock is
-//! taken, and the only system calls are write(2), exit_group(2) and, where the vDSO does not tell the time, clock_gettime(2). A
+//! taken, and the only system calls are poll(2), write(2), exit_group(2) and, where the vDSO does not tell the time, clock_gettime(2). A
 //! policy without them ends the process all the same, by SIGSYS.
 //!
 //! Nothing is cleaned up: whoever made that call may be somebody who has taken the thread over, so nothing more is done on its
@@ -217,6 +217,17 @@ impl Line {
     fn write_to(&mut self, fd: c_int) {
         if let Some(last) = self.length.checked_sub(1).and_then(|last| self.bytes.get_mut(last)) {
             *last = b'\n';
+        }
+        let mut asked = libc::pollfd {
+            fd,
+            events: libc::POLLOUT,
+            revents: 0,
+        };
+        // A pipe that nobody reads would hold up the end, and this thread only: the line is lost then. One that can be written to has
+        // room for a page (pipe(7), poll(2)).
+        // SAFETY: it reads and writes that one structure.
+        if unsafe { libc::poll(&raw mut asked, 1, 0) } != 1 {
+            return;
         }
         // SAFETY: the bytes are ours, and there are as many. Nothing can be done about a failure.
         let _ = unsafe { libc::write(fd, self.bytes.as_ptr().cast(), self.length) };

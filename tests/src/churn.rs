@@ -2,6 +2,8 @@
 //! leave nothing behind. `tests/kvm_churn.rs` asserts it of a few rounds, `cargo xtask churn` tells it of fifty.
 
 use std::process;
+use std::thread::sleep;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
@@ -17,6 +19,9 @@ pub const MICROVMS: usize = 24;
 /// Rounds until a process has brought into being what it keeps: pages of the program that were never run before, each thread's share
 /// of the allocator. 3,000 more add nothing to that.
 const WARM: usize = 10;
+
+/// How long after its client a server may keep a connection.
+const CLOSED: Duration = Duration::from_secs(1);
 
 /// What was counted before and after so many rounds.
 #[derive(Clone, Debug)]
@@ -53,11 +58,13 @@ pub fn pauses(rounds: usize) -> Result<Rounds<Footprint>> {
         }
     };
     let look = |vms: &[Vm]| {
+        // What we have closed, those who served it close a little later.
+        sleep(CLOSED);
         vms.iter()
             .map(|vm| Footprint::of(vm.process.id()))
             .collect::<Result<_>>()
     };
-    (0..WARM).for_each(|_| all_around(&mut vms));
+    (0..rounds.min(WARM)).for_each(|_| all_around(&mut vms));
     let first = look(&vms)?;
     (0..rounds).for_each(|_| all_around(&mut vms));
     Ok(Rounds {

@@ -9,7 +9,7 @@ const ALLOCATOR_KIB: u64 = 64;
 #[test]
 fn two_dozen_microvms_hold_no_more_after_pauses_than_before() {
     require_bed!(kvm);
-    let rounds = churn::pauses(5).expect("all live");
+    let rounds = churn::pauses(2).expect("all live");
     println!("{}", rounds.json("pauses"));
     for (first, last) in rounds.first.iter().zip(&rounds.last) {
         assert_eq!((first.descriptors, first.threads), (last.descriptors, last.threads));
@@ -23,7 +23,7 @@ fn two_dozen_microvms_hold_no_more_after_pauses_than_before() {
 #[test]
 fn two_dozen_microvms_that_come_and_go_leave_nothing_on_the_host() {
     require_bed!(kvm);
-    let rounds = churn::starts(2).expect("they start and end");
+    let rounds = churn::starts(1).expect("they start and end");
     println!("{}", rounds.json("starts"));
     let (first, last) = (rounds.first[0], rounds.last[0]);
     // Others start and end things on this host too; one of each that each microVM left would be more than that.
@@ -36,7 +36,7 @@ fn two_dozen_microvms_that_come_and_go_leave_nothing_on_the_host() {
 #[test]
 fn a_process_that_makes_and_drops_two_dozen_guests_has_all_back() {
     require_bed!(kvm);
-    let rounds = churn::in_one_process(5).expect("KVM has room");
+    let rounds = churn::in_one_process(3).expect("KVM has room");
     println!("{}", rounds.json("in one process"));
     let (first, last) = (rounds.first[0], rounds.last[0]);
     // Each guest has a descriptor and more, a thread, and memory.

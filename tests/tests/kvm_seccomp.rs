@@ -68,7 +68,8 @@ impl Served {
         let socket = folder.join("api.sock");
         let path = socket.display().to_string();
         let arguments = ["--api-sock", &path].into_iter().chain(flags.iter().copied());
-        let process = Process::chronovisor(arguments);
+        let log = folder.join("log").display().to_string();
+        let process = Process::chronovisor(arguments.chain(["--log-path", &log]));
         Self {
             process,
             socket,
@@ -112,6 +113,8 @@ impl Served {
             !lines.is_empty() && lines.iter().all(|line| line.contains(&names)),
             "{said}"
         );
+        let log = std::fs::read_to_string(self.folder.join("log")).expect("a log");
+        assert!(log.lines().last().is_some_and(|line| line.contains(&names)), "{log}");
         (self.folder, self.socket)
     }
 }
@@ -154,11 +157,8 @@ fn a_vcpu_thread_that_makes_a_forbidden_call_ends_the_process_and_the_log_names_
     let folder = Folder::new();
     let log = folder.join("log");
     let policy = without(&folder, "vcpu", |rule| rule["syscall"] == "ioctl");
-    let [log_path, policy] = [&log, &policy].map(|path| path.display().to_string());
-    let served = Served::in_folder(
-        folder,
-        &["--log-path", &log_path, "--seccomp-filter", &policy, "--id", "one"],
-    );
+    let policy = policy.display().to_string();
+    let served = Served::in_folder(folder, &["--seccomp-filter", &policy, "--id", "one"]);
     served.wait_for_api();
     let kernel = served.folder.write("kernel", elf(&Program::spin_forever()));
     served.put(
