@@ -37,13 +37,14 @@ const SECOND: Duration = Duration::from_secs(1);
 pub struct Flood(Child);
 
 impl Flood {
-    /// `program`, to whose `main`, or to a test of whose, it is left to call [`flood_if_asked`], floods `socket`.
+    /// `program`, to whose `main`, or to a test of whose, it is left to call [`flood_if_asked`], floods `socket`, and is so `nice`
+    /// (setpriority(2)).
     ///
     /// # Panics
     /// When it cannot be started, or its connections be made.
     #[must_use]
-    pub fn start(mut program: Command, socket: &Path, connections: usize) -> Self {
-        program.env(ASKED, format!("{connections} {}", socket.display()));
+    pub fn start(mut program: Command, socket: &Path, connections: usize, nice: i32) -> Self {
+        program.env(ASKED, format!("{connections} {nice} {}", socket.display()));
         let child = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let mut flood = Self(child.unwrap_or_else(|e| panic!("{program:?}: {e}")));
         // One byte comes once each connection has been made once.
@@ -77,8 +78,11 @@ const ASKED: &str = "CHRONOVISOR_FLOOD";
 #[must_use]
 pub fn flood_if_asked() -> bool {
     let Ok(asked) = std::env::var(ASKED) else { return false };
-    let (connections, socket) = asked.split_once(' ').expect("as it is started");
-    let connections: usize = connections.parse().expect("as it is started");
+    let mut words = asked.splitn(3, ' ');
+    let mut word = || words.next().expect("as it is started");
+    let connections: usize = word().parse().expect("as it is started");
+    rustix::process::nice(word().parse().expect("as it is started")).expect("anybody may be nicer");
+    let socket = word();
     crate::crowd::raise_open_files(connections as u64 + 100).expect("as many files as connections");
     let over = std::thread::spawn(|| io::stdin().read_to_end(&mut Vec::new()));
     let mut clients: Vec<Client> = (0..connections).map(Client::new).collect();

@@ -16,8 +16,7 @@ const CONNECTIONS: usize = 2000;
 
 /// This program, as what floods: below.
 fn flooder() -> Command {
-    let mut program = Command::new("nice");
-    program.arg("-n19").arg(std::env::current_exe().expect("this program"));
+    let mut program = Command::new(std::env::current_exe().expect("this program"));
     program.args(["--exact", "what_floods_floods", "--nocapture"]);
     program
 }
@@ -41,7 +40,7 @@ fn a_flood_keeps_no_reading_waiting_takes_no_memory_beyond_its_cap_and_no_time_o
 
     let mut bystander = Bystander::open(&socket).expect("the API");
     let gather = || {
-        let flood = Flood::start(flooder(), &socket, CONNECTIONS);
+        let flood = Flood::start(flooder(), &socket, CONNECTIONS, 19);
         // Newcomers, one after the other, each on a connection of its own.
         for _ in 0..20 {
             let answer = vm.ask("GET", "/vcpus/0/cputime", None);

@@ -48,9 +48,8 @@ fn flooded(nice: i32, lasts: Duration) -> Result<Value> {
     let alone_kib = resident_kib(pid);
     start_peak(pid);
 
-    let mut flooder = Command::new("nice");
-    flooder.arg(format!("-n{nice}")).arg(std::env::current_exe()?);
-    let flood = Flood::start(flooder, &socket, CONNECTIONS);
+    let flooder = Command::new(std::env::current_exe()?);
+    let flood = Flood::start(flooder, &socket, CONNECTIONS, nice);
     let over = AtomicBool::new(false);
     let (with, newcomers) = thread::scope(|scope| {
         let newcomers = scope.spawn(|| {
