@@ -117,21 +117,21 @@ pub struct Plan {
     pub name: OsString,
     /// Real path of the directory of all jails.
     pub base: PathBuf,
-    /// Whom it runs as.
+    /// User that it runs as.
     pub uid: u32,
-    /// Whom it runs as.
+    /// Group that it runs as, and the only one.
     pub gid: u32,
     /// Of which version its cgroup is.
     pub cgroups: Version,
     /// Above its cgroup.
     pub parent_cgroup: PathBuf,
-    /// Whether that was given.
+    /// Files of its cgroup to set, with their values.
     pub settings: Vec<Setting>,
     /// The network namespace to join.
     pub netns: Option<PathBuf>,
-    /// Whether it has one of its own.
+    /// Whether it has a new network namespace.
     pub new_net_ns: bool,
-    /// Whether it has one of its own.
+    /// Whether it has a new PID namespace.
     pub new_pid_ns: bool,
     /// What it may use.
     pub limits: Limits,
@@ -195,9 +195,14 @@ impl Plan {
         })
     }
 
+    /// What is root's own of the jail, on the host: its root is in there.
+    pub fn place(&self) -> PathBuf {
+        self.base.join(&self.name).join(&self.id)
+    }
+
     /// Where the jail's root is, on the host.
     pub fn root(&self) -> PathBuf {
-        self.base.join(&self.name).join(&self.id).join("root")
+        self.place().join("root")
     }
 }
 

@@ -257,7 +257,7 @@ fn drop_bounding_set() -> Result<(), JailError> {
 }
 
 /// Becomes the program; gives what the system says where that fails.
-#[expect(unsafe_code, reason = "execve")]
+#[expect(unsafe_code, reason = "execve and signal")]
 pub fn exec(plan: &Plan, arguments: &[OsString], environment: &[OsString], relay: &mut Relay) -> JailError {
     let mut path = OsString::from("/");
     path.push(&plan.name);
@@ -274,8 +274,15 @@ pub fn exec(plan: &Plan, arguments: &[OsString], environment: &[OsString], relay
     };
     let (argv, envp) = (pointers(&arguments), pointers(&environment));
     relay.at_exec();
+    // What is ignored stays so over exec, and Rust's runtime ignores SIGPIPE: the program is to find it as any other does.
+    // SAFETY: no handler is installed, and none was.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     // Not by std::process::Command, which takes blocked signals for a mistake.
     // SAFETY: both arrays end in a null pointer, and all that they point to outlives the call.
     unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
-    JailError::io(what)(std::io::Error::last_os_error())
+    let error = std::io::Error::last_os_error();
+    // Whoever was to be told may have gone.
+    // SAFETY: as above.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    JailError::io(what)(error)
 }

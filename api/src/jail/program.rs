@@ -14,6 +14,9 @@ use rustix::fs::Mode;
 use super::error::JailError;
 use super::undo::{self, Undo};
 
+/// Names libraries for the loader to load before all others.
+const PRELOAD: &str = "etc/ld.so.preload";
+
 /// What is to be copied.
 #[derive(Debug)]
 pub struct Program {
@@ -57,7 +60,14 @@ impl Program {
     }
 
     /// Copies them to below `root`.
+    ///
+    /// Which is this process's root by now: a path in there ends in there, as for the loader.
     pub fn install(self, root: &impl AsFd, undo: &mut Undo) -> Result<(), JailError> {
+        // There is no preloading for a static one (ld.so(8)).
+        let is_dynamic = self.files.len() > 1;
+        if is_dynamic && fs::symlink_metadata(Path::new("/").join(PRELOAD)).is_ok() {
+            return Err(JailError::Preload(PRELOAD.into()));
+        }
         // To be read and executed by whoever is in there.
         let mode = Mode::from_raw_mode(0o555);
         for (mut from, to) in self.files {
