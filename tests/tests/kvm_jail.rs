@@ -1,4 +1,5 @@
-//! `chronovisor jail`: what the program in it may do and see, as the host sees it; and that a start that fails leaves nothing.
+//! `chronovisor jail`: what the program in it may do and see, as the host sees it; and that a start that fails leaves
+//! nothing.
 //!
 //! The program is chronovisor itself, with a guest that spins.
 
@@ -178,7 +179,8 @@ fn it_sees_what_is_listed_and_nothing_else_and_the_host_sees_no_mount_of_it() {
         assert_eq!((metadata.mode() & 0o7777, metadata.uid()), (mode, uid), "{path}");
     }
 
-    // No mount of it may be written, but for its directory and what was shown to be; none has devices but /dev, and what is one.
+    // No mount of it may be written, but for its directory and what was shown to be; none has devices but /dev, and
+    // what is one.
     let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", process.id())).expect("it runs");
     let mut points = BTreeSet::new();
     for line in mounts.lines() {

@@ -1,5 +1,5 @@
-//! `chronovisor jail`: a microVM behind a second wall, should its guest get through the first. Command line and directories are those of
-//! Firecracker's jailer.
+//! `chronovisor jail`: a microVM behind a second wall, should its guest get through the first. Command line and
+//! directories are those of Firecracker's jailer.
 //!
 //! ```text
 //!   as root, on the host      close what was inherited; check every argument; make <base>/<program>/<id>/root
@@ -12,9 +12,10 @@
 //!   as the user               limits, no capabilities, no_new_privs, exec (`process`)
 //! ```
 //!
-//! Whatever fails is said in one line, by the process that was started, with status 1; and all that had been made goes again (`undo`).
-//! What a microVM has used stays when it has ended, as in Firecracker's jail: nobody is there any more who could remove it. The next
-//! start with the same --id uses it again, unless <program>.pid, beside the root and root's own, names a process that has that root.
+//! Whatever fails is said in one line, by the process that was started, with status 1; and all that had been made goes
+//! again (`undo`). What a microVM has used stays when it has ended, as in Firecracker's jail: nobody is there any more
+//! who could remove it. The next start with the same --id uses it again, unless `<program>.pid`, beside the root and
+//! root's own, names a process that has that root.
 
 mod args;
 mod cgroup;
@@ -86,7 +87,8 @@ fn us(clock: ClockId) -> i64 {
     time.tv_sec * 1_000_000 + time.tv_nsec / 1000
 }
 
-/// Whoever can open a directory can lock it, and keep every start waiting: nobody but root can. Others, as the jail's user, go through.
+/// Whoever can open a directory can lock it, and keep every start waiting: nobody but root can. Others, as the jail's
+/// user, go through.
 const LOCKED: Mode = Mode::from_raw_mode(0o711);
 
 /// What was made and opened on the host.
@@ -149,8 +151,8 @@ impl Prepared {
         let library_path = self.program.library_path.clone();
         let install = self.program.install(&root, undo);
         install.map_err(|error| error.below(&plan.root()))?;
-        // In the root is where those look for it who know Firecracker's jailer; beside it, where the inmate cannot reach it, is the
-        // one that the next start goes by.
+        // In the root is where those look for it who know Firecracker's jailer; beside it, where the inmate cannot
+        // reach it, is the one that the next start goes by.
         for (directory, path) in [(&root, plan.root()), (&self.place, plan.place())] {
             let readable = Mode::RUSR | Mode::RGRP | Mode::ROTH;
             let written = undo::file(directory, &pid_file(plan), readable, undo, |file| {
@@ -179,7 +181,8 @@ fn pid_file(plan: &Plan) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// The process that has `root` for its own, by what `file` in `place` says: which may be long ago, and its number another's by now.
+/// The process that has `root` for its own, by what `file` in `place` says: which may be long ago, and its number
+/// another's by now.
 fn inmate(root: &OwnedFd, place: &OwnedFd, file: &Path) -> Option<u32> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::from(openat(place, file, flags, Mode::empty()).ok()?);

@@ -1,5 +1,6 @@
-//! The program in its jail: a copy, as Firecracker's jailer makes it, for two microVMs are not to share the pages of one file, by whose
-//! being in a cache or not one could tell what the other does. With it, where it is linked dynamically, go copies of its libraries.
+//! The program in its jail: a copy, as Firecracker's jailer makes it, for two microVMs are not to share the pages of
+//! one file, by whose being in a cache or not one could tell what the other does. With it, where it is linked
+//! dynamically, go copies of its libraries.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -106,8 +107,8 @@ fn libraries(maps: &[u8]) -> Vec<PathBuf> {
     found
 }
 
-/// Which loader an ELF program asks for, if it is linked dynamically (elf(5)): of the 64-bit, little-endian kind. What is no such
-/// program is the kernel's to refuse.
+/// Which loader an ELF program asks for, if it is linked dynamically (elf(5)): of the 64-bit, little-endian kind. What
+/// is no such program is the kernel's to refuse.
 fn interpreter(file: &File) -> io::Result<Option<PathBuf>> {
     const PT_INTERP: u32 = 3;
     let mut header = [0; 64];

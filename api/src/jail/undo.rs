@@ -1,8 +1,8 @@
-//! What has been made on the host so far, and how it goes again: newest first, by the directories it was made in, whatever has become of
-//! the paths that led to them.
+//! What has been made on the host so far, and how it goes again: newest first, by the directories it was made in,
+//! whatever has become of the paths that led to them.
 //!
-//! Where a microVM has had a jail's directory before, its user may have put anything there. So nothing here follows a symbolic link: a
-//! path is walked part by part, and a part that is no directory ends the walk.
+//! Where a microVM has had a jail's directory before, its user may have put anything there. So nothing here follows a
+//! symbolic link: a path is walked part by part, and a part that is no directory ends the walk.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
