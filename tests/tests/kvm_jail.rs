@@ -1,16 +1,19 @@
-//! `chronovisor jail`: what the program in it may do and see, as the host sees it; and that a start that fails leaves nothing.
+//! `chronovisor jail`: what the program in it may do and see, as the host sees it; and that a start that fails leaves
+//! nothing.
 //!
 //! The program is chronovisor itself, with a guest that spins.
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::fs::{Mode, OFlags, Uid, openat};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::Signal;
-use rustix::thread::{UnshareFlags, gettid, unshare_unsafe};
+use rustix::thread::{UnshareFlags, gettid, set_thread_res_uid, unshare_unsafe};
 use tests::bed::{self, Folder};
 use tests::failure::command_fails;
 use tests::flat::Program;
@@ -176,7 +179,8 @@ fn it_sees_what_is_listed_and_nothing_else_and_the_host_sees_no_mount_of_it() {
         assert_eq!((metadata.mode() & 0o7777, metadata.uid()), (mode, uid), "{path}");
     }
 
-    // No mount of it may be written, but for its directory and what was shown to be; none has devices but /dev, and what is one.
+    // No mount of it may be written, but for its directory and what was shown to be; none has devices but /dev, and
+    // what is one.
     let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", process.id())).expect("it runs");
     let mut points = BTreeSet::new();
     for line in mounts.lines() {
@@ -648,6 +652,13 @@ fn a_jail_in_use_is_left_alone_and_one_that_was_is_used_again() {
     let mut process = jail.start(&[]);
     let pid = process.id().to_string();
     command_fails(jail.guest(&[]), 1, &["runs in this jail", &pid]);
+    // The file in the root is in the inmate's hands.
+    let its_own = jail.root().join("chronovisor.pid");
+    fs::remove_file(&its_own).expect("it is there");
+    command_fails(jail.guest(&[]), 1, &["runs in this jail", &pid]);
+    let beside = jail.root().with_file_name("chronovisor.pid");
+    let beside = fs::metadata(beside).expect("what the refusal goes by");
+    assert_eq!((beside.uid(), beside.mode() & 0o777), (0, 0o444));
     assert_eq!(
         jail.ask("GET", "/", None).expect("it serves on").body["state"],
         "Running"
@@ -656,6 +667,101 @@ fn a_jail_in_use_is_left_alone_and_one_that_was_is_used_again() {
     process.wait();
     fs::remove_file(jail.root().join("run/chronovisor.socket")).expect("it was killed");
     drop(jail.start(&[]));
+}
+
+/// flock(2) takes a directory that is open, for reading is enough.
+#[test]
+fn nobody_but_root_can_open_what_a_start_locks() {
+    require_jail!();
+    for made_before in [false, true] {
+        let jail = Jail::new(&Program::spin_forever());
+        let place = jail.base().join("chronovisor").join(jail.id());
+        if made_before {
+            fs::create_dir_all(jail.root()).expect("a jail");
+            fs::set_permissions(&place, fs::Permissions::from_mode(0o755)).expect("it is ours");
+        }
+        let process = jail.start(&[]);
+        let jails = fs::File::open(jail.base().join("chronovisor")).expect("it is there");
+        let id = jail.id().to_owned();
+        let another = std::thread::spawn(move || {
+            // This thread only.
+            let nobody = Uid::from_raw(UID + 2);
+            set_thread_res_uid(nobody, nobody, nobody).expect("root can");
+            let open = |name: &str| openat(&jails, name, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).map(drop);
+            (open("."), open(&id))
+        });
+        let tried = another.join().expect("it tries");
+        assert_eq!(tried, (Ok(()), Err(Errno::ACCESS)), "made before: {made_before}");
+        drop(process);
+    }
+}
+
+#[test]
+fn what_it_ran_into_in_its_jail_is_named_with_what_to_do() {
+    require_jail!();
+    let program = fs::read(bed::file("chronovisor")).expect("the program");
+    let is_dynamic = program
+        .windows(11)
+        .any(|bytes| bytes == b"/ld-linux-x" || bytes == b"/ld-linux-a");
+    for name in [
+        "chronovisor",
+        ".new-chronovisor",
+        "chronovisor.pid",
+        "etc/ld.so.preload",
+    ] {
+        let jail = Jail::new(&Program::spin_forever());
+        let left = jail.root().join(name);
+        fs::create_dir_all(left.join("full")).expect("a jail");
+        if name.starts_with("etc") && !is_dynamic {
+            drop(jail.start(&[]));
+            continue;
+        }
+        command_fails(jail.guest(&[]), 1, &[&*left.to_string_lossy(), "remove it"]);
+        fs::remove_dir_all(&left).expect("it is there still");
+        drop(jail.start(&[]));
+    }
+}
+
+/// A static program of the host's that does nothing but run.
+fn spinning() -> Vec<u8> {
+    const BASE: u64 = 0x40_0000;
+    const HEADERS: u64 = 64 + 56;
+    let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+    elf.resize(16, 0);
+    // e_type ET_EXEC, e_machine EM_X86_64, e_version (elf(5)).
+    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    for address in [BASE + HEADERS, 64, 0] {
+        elf.extend(address.to_le_bytes());
+    }
+    // e_flags, e_ehsize, e_phentsize, e_phnum, and no sections.
+    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    // PT_LOAD, to be read and executed: all of it.
+    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+    for number in [0, BASE, BASE, HEADERS + 2, HEADERS + 2, 0x1000] {
+        elf.extend(number.to_le_bytes());
+    }
+    // jmp to itself.
+    elf.extend([0xeb, 0xfe]);
+    elf
+}
+
+/// Rust's runtime ignores SIGPIPE, and what is ignored stays so over exec (signal(7)).
+#[test]
+fn the_program_finds_no_signal_ignored() {
+    require_jail!();
+    let jail = Jail::new(&Program::spin_forever());
+    let program = jail.base().with_file_name("spinning");
+    fs::write(&program, spinning()).expect("a file");
+    let program = program.to_string_lossy();
+    let mut process = Process::spawn(jail.command(&["--exec-file", &program], &[]));
+    let itself = PathBuf::from(format!("/proc/{}/exe", process.id()));
+    while !fs::read_link(&itself).is_ok_and(|path| path.file_name().is_some_and(|name| name == "spinning")) {
+        assert!(!process.has_ended(), "{}", process.stderr());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert_eq!(status(process.id(), "SigIgn"), "0".repeat(16));
+    process.signal(Signal::KILL);
+    process.wait();
 }
 
 /// Who has run in a jail owns its directory, and may have left anything there.

@@ -1,7 +1,7 @@
 //! `chronovisor jail`: its command line, as Firecracker's jailer has it, and what is made of it.
 //!
-//! That a flag is unknown or missing is the command line's to say, with its status of 2. What a value may be is checked here, before
-//! anything is touched, in the jailer's words and with its status of 1.
+//! That a flag is unknown or missing is the command line's to say, with its status of 2. What a value may be is checked
+//! here, before anything is touched, in the jailer's words and with its status of 1.
 
 use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
@@ -35,8 +35,8 @@ pub struct Jail {
     /// Set a file of its cgroup, <parent>/<id>, as in cpuset.cpus=2-3; may be given again
     #[arg(long, value_name = "FILE=VALUE")]
     pub cgroup: Vec<String>,
-    /// Where its cgroup is, below the hierarchy's root [default: the program's name]. With version 2 and no --cgroup it is put into
-    /// this one itself, if that exists
+    /// Where its cgroup is, below the hierarchy's root [default: the program's name]. With version 2 and no --cgroup it
+    /// is put into this one itself, if that exists
     #[arg(long, value_name = "PATH")]
     pub parent_cgroup: Option<PathBuf>,
     /// Join this network namespace, as in /var/run/netns/NAME
@@ -48,15 +48,16 @@ pub struct Jail {
     /// Run in a new PID namespace: it sees no other process. This one ends with status 0 once the program runs
     #[arg(long)]
     pub new_pid_ns: bool,
-    /// Limit its resources: fsize, the largest file it may write, in bytes; no-file, how many descriptors it may have [default:
-    /// no-file=2048]. May be given again
+    /// Limit its resources: fsize, the largest file it may write, in bytes; no-file, how many descriptors it may have
+    /// [default: no-file=2048]. May be given again
     #[arg(long, value_name = "RESOURCE=VALUE")]
     pub resource_limit: Vec<String>,
-    /// Show it a file or directory of the host, under the same path unless another is given, ":ro" for read-only. May be given again
+    /// Show it a file or directory of the host, under the same path unless another is given, ":ro" for read-only. May
+    /// be given again
     #[arg(long, value_name = "PATH[:PATH][:ro]")]
     pub bind: Vec<String>,
-    /// Run it in a session of its own, with /dev/null for standard input, output and error. This one ends with status 0 once the
-    /// program runs
+    /// Run it in a session of its own, with /dev/null for standard input, output and error. This one ends with status 0
+    /// once the program runs
     #[arg(long)]
     pub daemonize: bool,
     /// What the program is given besides --id: its flags, or a command such as "run" and its flags
@@ -117,21 +118,21 @@ pub struct Plan {
     pub name: OsString,
     /// Real path of the directory of all jails.
     pub base: PathBuf,
-    /// Whom it runs as.
+    /// User that it runs as.
     pub uid: u32,
-    /// Whom it runs as.
+    /// Group that it runs as, and the only one.
     pub gid: u32,
     /// Of which version its cgroup is.
     pub cgroups: Version,
     /// Above its cgroup.
     pub parent_cgroup: PathBuf,
-    /// Whether that was given.
+    /// Files of its cgroup to set, with their values.
     pub settings: Vec<Setting>,
     /// The network namespace to join.
     pub netns: Option<PathBuf>,
-    /// Whether it has one of its own.
+    /// Whether it has a new network namespace.
     pub new_net_ns: bool,
-    /// Whether it has one of its own.
+    /// Whether it has a new PID namespace.
     pub new_pid_ns: bool,
     /// What it may use.
     pub limits: Limits,
@@ -195,9 +196,14 @@ impl Plan {
         })
     }
 
+    /// What is root's own of the jail, on the host: its root is in there.
+    pub fn place(&self) -> PathBuf {
+        self.base.join(&self.name).join(&self.id)
+    }
+
     /// Where the jail's root is, on the host.
     pub fn root(&self) -> PathBuf {
-        self.base.join(&self.name).join(&self.id).join("root")
+        self.place().join("root")
     }
 }
 

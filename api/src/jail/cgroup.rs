@@ -1,8 +1,9 @@
-//! The microVM's cgroup: `<hierarchy>/<parent>/<id>`, in version 1 one for each controller that a setting is of, in version 2 the one.
+//! The microVM's cgroup: `<hierarchy>/<parent>/<id>`, in version 1 one for each controller that a setting is of, in
+//! version 2 the one.
 //!
-//! It is made and set up from outside; the process that is to become the program then joins it by itself, so that whoever waits for
-//! it does not count. In version 2 each cgroup above hands its controllers down (`cgroup.subtree_control`): what a cgroup that was
-//! there before has begun to hand down, it goes on handing down.
+//! It is made and set up from outside; the process that is to become the program then joins it by itself, so that
+//! whoever waits for it does not count. In version 2 each cgroup above hands its controllers down
+//! (`cgroup.subtree_control`): what a cgroup that was there before has begun to hand down, it goes on handing down.
 //!
 //! A quota (`cpu.max`, `cpu.cfs_quota_us`) restarts the tick of a tickless CPU: `chronovisor check` says so.
 
@@ -207,8 +208,8 @@ fn home(of_this: &[u8], controller: Option<&str>) -> Option<PathBuf> {
     path.strip_prefix("/").ok().map(Path::to_owned)
 }
 
-/// Fills the CPUs and memory nodes of each cgroup down to `below` from the one above: without them nobody may join (cpusets,
-/// Documentation/admin-guide/cgroup-v1/cpusets.rst, 1.7).
+/// Fills the CPUs and memory nodes of each cgroup down to `below` from the one above: without them nobody may join
+/// (cpusets, Documentation/admin-guide/cgroup-v1/cpusets.rst, 1.7).
 fn inherit(top: &Path, below: &Path) -> Result<(), JailError> {
     let mut here = top.to_owned();
     for part in below {
@@ -245,8 +246,8 @@ fn hand_down(top: &Path, parent: &Path, controller: &str) -> Result<(), JailErro
     Ok(())
 }
 
-/// The files by which the kernel says what CPU time this process's cgroup may use, and those above: what `accounting` reads. Each with
-/// where it is shown, which is where it is, unless the host has its cgroups elsewhere than all others.
+/// The files by which the kernel says what CPU time this process's cgroup may use, and those above: what `accounting`
+/// reads. Each with where it is shown, which is where it is, unless the host has its cgroups elsewhere than all others.
 pub fn quotas() -> io::Result<Vec<(PathBuf, PathBuf)>> {
     let cgroups = parse_cgroup(&fs::read("/proc/self/cgroup")?).unwrap_or_default();
     let mounts = parse_mountinfo(&fs::read("/proc/self/mountinfo")?).unwrap_or_default();

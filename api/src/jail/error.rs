@@ -2,7 +2,7 @@
 
 use std::io;
 use std::num::ParseIntError;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// See the module.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +93,15 @@ pub enum JailError {
          program, whose libraries are brought along", .0.display()
     )]
     Dynamic(PathBuf),
+    /// Somebody may have left it, and it stands where a file is to be written.
+    #[error("{} is a directory, where the jail has a file: who ran in it before may have made it: remove it", .0.display())]
+    InTheWay(PathBuf),
+    /// The loader would load what it names.
+    #[error(
+        "{} names libraries to load into the program, and who ran in this jail before may have left it: remove it",
+        .0.display()
+    )]
+    Preload(PathBuf),
     /// Somebody is in there.
     #[error("{}: process {pid} runs in this jail: end it, or choose another --id", root.display())]
     InUse {
@@ -143,5 +152,14 @@ impl JailError {
     pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self::Step { what, source }
+    }
+
+    /// As the host knows it, if it names a path below `directory`.
+    pub fn below(self, directory: &Path) -> Self {
+        match self {
+            Self::InTheWay(path) => Self::InTheWay(directory.join(path)),
+            Self::Preload(path) => Self::Preload(directory.join(path)),
+            other => other,
+        }
     }
 }

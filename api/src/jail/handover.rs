@@ -1,5 +1,5 @@
-//! Two files of /proc that a jail's own /proc has not, handed over opened: `/proc/interrupts`, and `/proc/timer_list`, which only root
-//! can open. By them a reading tells whether a vCPU's tick is stopped (`accounting::disturbance`).
+//! Two files of /proc that a jail's own /proc has not, handed over opened: `/proc/interrupts`, and `/proc/timer_list`,
+//! which only root can open. By them a reading tells whether a vCPU's tick is stopped (`accounting::disturbance`).
 //!
 //! They are handed over as systemd hands sockets over, as descriptors from 3 on, in three variables of the environment:
 //! `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` (sd_listen_fds(3)).
@@ -72,8 +72,8 @@ pub fn take() {
 
 #[expect(unsafe_code, reason = "a descriptor by its number")]
 fn file(descriptor: RawFd) -> File {
-    // SAFETY: by its name it is one that a jail opened for this process, by whose number it was told so; nobody else here knows of it,
-    // for it is taken once, before anything else is started.
+    // SAFETY: by its name it is one that a jail opened for this process, by whose number it was told so; nobody else
+    // here knows of it, for it is taken once, before anything else is started.
     let file = unsafe { File::from_raw_fd(descriptor) };
     let _ = fcntl_setfd(&file, FdFlags::CLOEXEC);
     file

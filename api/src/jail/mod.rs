@@ -1,8 +1,9 @@
-//! `chronovisor jail`: a microVM behind a second wall, should its guest get through the first. Command line and directories are those of
-//! Firecracker's jailer.
+//! `chronovisor jail`: a microVM behind a second wall, should its guest get through the first. Command line and
+//! directories are those of Firecracker's jailer.
 //!
 //! ```text
-//!   as root, on the host      close what was inherited; check every argument; make <base>/<program>/<id>/root and its cgroup
+//!   as root, on the host      close what was inherited; check every argument; make <base>/<program>/<id>/root
+//!                        │    and its cgroup
 //!                        │    descend: --daemonize, --new-pid-ns (`process`)
 //!                        ▼
 //!   in the last process       join the cgroup, the network namespace; leave the host's mounts; pivot_root (`root`)
@@ -11,9 +12,10 @@
 //!   as the user               limits, no capabilities, no_new_privs, exec (`process`)
 //! ```
 //!
-//! Whatever fails is said in one line, by the process that was started, with status 1; and all that had been made goes again (`undo`).
-//! What a microVM has used stays when it has ended, as in Firecracker's jail: nobody is there any more who could remove it. The next
-//! start with the same --id uses it again.
+//! Whatever fails is said in one line, by the process that was started, with status 1; and all that had been made goes
+//! again (`undo`). What a microVM has used stays when it has ended, as in Firecracker's jail: nobody is there any more
+//! who could remove it. The next start with the same --id uses it again, unless `<program>.pid`, beside the root and
+//! root's own, names a process that has that root.
 
 mod args;
 mod cgroup;
@@ -32,7 +34,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, openat};
+use rustix::fs::{FlockOperation, Mode, OFlags, fchmod, flock, fstat, openat};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use rustix::time::{ClockId, clock_gettime};
@@ -85,14 +87,18 @@ fn us(clock: ClockId) -> i64 {
     time.tv_sec * 1_000_000 + time.tv_nsec / 1000
 }
 
+/// Whoever can open a directory can lock it, and keep every start waiting: nobody but root can. Others, as the jail's
+/// user, go through.
+const LOCKED: Mode = Mode::from_raw_mode(0o711);
+
 /// What was made and opened on the host.
 struct Prepared {
     program: Program,
     seats: Vec<cgroup::Seat>,
     netns: Option<File>,
     null: File,
-    /// The jail's directory, which is locked as long as it is made.
-    _lock: OwnedFd,
+    /// The directory that the jail's root is in: root's own, and locked as long as the jail is made.
+    place: OwnedFd,
 }
 
 impl Prepared {
@@ -103,13 +109,16 @@ impl Prepared {
         let null = File::options().read(true).write(true).open("/dev/null");
         let null = null.map_err(JailError::io("open /dev/null"))?;
         let base = undo::open_real(&plan.base)?;
-        let place = undo::directories(&base, &Path::new(&plan.name).join(&plan.id), undo)?;
+        let jails = undo::directories(&base, Path::new(&plan.name), undo)?;
+        let place = undo::directories_with(&jails, Path::new(&plan.id), LOCKED, undo)?;
+        // One that the operator made may be for all to open.
+        fchmod(&place, LOCKED).map_err(JailError::step(format!("set the mode of {}", plan.place().display())))?;
         flock(&place, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
             Errno::WOULDBLOCK => JailError::Busy(plan.root()),
             error => JailError::step(format!("lock {}", plan.root().display()))(error),
         })?;
         let root = undo::directories(&place, Path::new("root"), undo)?;
-        if let Some(pid) = inmate(&root, &pid_file(plan)) {
+        if let Some(pid) = inmate(&root, &place, &pid_file(plan)) {
             return Err(JailError::InUse { root: plan.root(), pid });
         }
         Ok(Self {
@@ -117,7 +126,7 @@ impl Prepared {
             seats: cgroup::make(plan, undo)?,
             netns,
             null,
-            _lock: place,
+            place,
         })
     }
 
@@ -140,11 +149,17 @@ impl Prepared {
         let root = root::pivot(&plan.root())?;
         root::furnish(&root, pieces, plan, undo)?;
         let library_path = self.program.library_path.clone();
-        self.program.install(&root, undo)?;
-        let readable = Mode::RUSR | Mode::RGRP | Mode::ROTH;
-        undo::file(&root, &pid_file(plan), readable, undo, |file| {
-            file.write_all(pid.as_os_str().as_encoded_bytes())
-        })?;
+        let install = self.program.install(&root, undo);
+        install.map_err(|error| error.below(&plan.root()))?;
+        // In the root is where those look for it who know Firecracker's jailer; beside it, where the inmate cannot
+        // reach it, is the one that the next start goes by.
+        for (directory, path) in [(&root, plan.root()), (&self.place, plan.place())] {
+            let readable = Mode::RUSR | Mode::RGRP | Mode::ROTH;
+            let written = undo::file(directory, &pid_file(plan), readable, undo, |file| {
+                file.write_all(pid.as_os_str().as_encoded_bytes())
+            });
+            written.map_err(|error| error.below(&path))?;
+        }
         process::limit(plan)?;
         process::become_user(plan)?;
         if plan.daemonize {
@@ -166,10 +181,11 @@ fn pid_file(plan: &Plan) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// The process that has `root` for its own, by what `file` in it says. That may be anything: who runs in a jail owns the directory.
-fn inmate(root: &OwnedFd, file: &Path) -> Option<u32> {
+/// The process that has `root` for its own, by what `file` in `place` says: which may be long ago, and its number
+/// another's by now.
+fn inmate(root: &OwnedFd, place: &OwnedFd, file: &Path) -> Option<u32> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = File::from(openat(root, file, flags, Mode::empty()).ok()?);
+    let file = File::from(openat(place, file, flags, Mode::empty()).ok()?);
     let mut text = String::new();
     file.take(16).read_to_string(&mut text).ok()?;
     let pid: u32 = text.trim().parse().ok()?;
@@ -268,19 +284,24 @@ mod tests {
     #[test]
     fn what_says_that_somebody_is_in_there_is_believed_of_who_has_that_root_only() {
         let scratch = crate::scratch::Scratch::new();
+        let place = undo::open_real(&scratch.path("")).unwrap();
         let root = undo::open_real(&scratch.path("")).unwrap();
         let file = Path::new("chronovisor.pid");
-        assert_eq!(inmate(&root, file), None);
+        assert_eq!(inmate(&root, &place, file), None);
         let this = std::process::id();
         for text in ["", "no number", "0", "-1", &this.to_string()] {
             fs::write(scratch.path(file), text).unwrap();
-            assert_eq!(inmate(&root, file), None, "{text}");
+            assert_eq!(inmate(&root, &place, file), None, "{text}");
         }
         // This process has this root.
         let root = undo::open_real(Path::new("/proc/self/root/")).unwrap();
         let link = scratch.path("link");
         std::os::unix::fs::symlink(scratch.path(file), &link).unwrap();
-        assert_eq!(inmate(&root, &scratch.path(file)), Some(this));
-        assert_eq!(inmate(&root, &link), None, "by a link it is somebody else's word");
+        assert_eq!(inmate(&root, &place, file), Some(this));
+        assert_eq!(
+            inmate(&root, &place, Path::new("link")),
+            None,
+            "by a link it is somebody else's word"
+        );
     }
 }

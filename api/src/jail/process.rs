@@ -6,10 +6,11 @@
 //!  --daemonize         this process ── a child, leader of a new session ── its child (with --new-pid-ns, process 1)
 //! ```
 //!
-//! The last one makes the jail and becomes the program. The first one waits until it has, and says what it is told where that fails:
-//! a pipe that exec closes tells the one from the other.
+//! The last one makes the jail and becomes the program. The first one waits until it has, and says what it is told
+//! where that fails: a pipe that exec closes tells the one from the other.
 //!
-//! Capabilities are laid down by exec, not before it: until then they lie at hand, unused, for what has to be undone if exec fails.
+//! Capabilities are laid down by exec, not before it: until then they lie at hand, unused, for what has to be undone if
+//! exec fails.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
@@ -157,8 +158,9 @@ pub fn close_inherited() -> Result<(), JailError> {
     }
 }
 
-/// Opens anew what standard input, output and error lead to, where it is a terminal or a pipe: the program sets them not to block, on
-/// what it alone has open (`vmm::console`), and another user cannot open them. One that cannot be opened stays what it is.
+/// Opens anew what standard input, output and error lead to, where it is a terminal or a pipe: the program sets them
+/// not to block, on what it alone has open (`vmm::console`), and another user cannot open them. One that cannot be
+/// opened stays what it is.
 pub fn own_streams() {
     for number in 0..3 {
         let path = format!("/proc/self/fd/{number}");
@@ -216,7 +218,8 @@ pub fn limit(plan: &Plan) -> Result<(), JailError> {
     set("no-file", Resource::Nofile, plan.limits.open_files)
 }
 
-/// Becomes the user of `plan`, with no way back once the program runs: it has no capability, whoever the user is, and gains none.
+/// Becomes the user of `plan`, with no way back once the program runs: it has no capability, whoever the user is, and
+/// gains none.
 pub fn become_user(plan: &Plan) -> Result<(), JailError> {
     let (uid, gid) = (Uid::from_raw(plan.uid), Gid::from_raw(plan.gid));
     drop_bounding_set()?;
@@ -257,7 +260,7 @@ fn drop_bounding_set() -> Result<(), JailError> {
 }
 
 /// Becomes the program; gives what the system says where that fails.
-#[expect(unsafe_code, reason = "execve")]
+#[expect(unsafe_code, reason = "execve and signal")]
 pub fn exec(plan: &Plan, arguments: &[OsString], environment: &[OsString], relay: &mut Relay) -> JailError {
     let mut path = OsString::from("/");
     path.push(&plan.name);
@@ -274,8 +277,16 @@ pub fn exec(plan: &Plan, arguments: &[OsString], environment: &[OsString], relay
     };
     let (argv, envp) = (pointers(&arguments), pointers(&environment));
     relay.at_exec();
+    // What is ignored stays so over exec, and Rust's runtime ignores SIGPIPE: the program is to find it as any other
+    // does.
+    // SAFETY: no handler is installed, and none was.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     // Not by std::process::Command, which takes blocked signals for a mistake.
     // SAFETY: both arrays end in a null pointer, and all that they point to outlives the call.
     unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
-    JailError::io(what)(std::io::Error::last_os_error())
+    let error = std::io::Error::last_os_error();
+    // Whoever was to be told may have gone.
+    // SAFETY: as above.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    JailError::io(what)(error)
 }

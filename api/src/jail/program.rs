@@ -1,5 +1,6 @@
-//! The program in its jail: a copy, as Firecracker's jailer makes it, for two microVMs are not to share the pages of one file, by whose
-//! being in a cache or not one could tell what the other does. With it, where it is linked dynamically, go copies of its libraries.
+//! The program in its jail: a copy, as Firecracker's jailer makes it, for two microVMs are not to share the pages of
+//! one file, by whose being in a cache or not one could tell what the other does. With it, where it is linked
+//! dynamically, go copies of its libraries.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -13,6 +14,9 @@ use rustix::fs::Mode;
 
 use super::error::JailError;
 use super::undo::{self, Undo};
+
+/// Names libraries for the loader to load before all others.
+const PRELOAD: &str = "etc/ld.so.preload";
 
 /// What is to be copied.
 #[derive(Debug)]
@@ -57,7 +61,14 @@ impl Program {
     }
 
     /// Copies them to below `root`.
+    ///
+    /// Which is this process's root by now: a path in there ends in there, as for the loader.
     pub fn install(self, root: &impl AsFd, undo: &mut Undo) -> Result<(), JailError> {
+        // There is no preloading for a static one (ld.so(8)).
+        let is_dynamic = self.files.len() > 1;
+        if is_dynamic && fs::symlink_metadata(Path::new("/").join(PRELOAD)).is_ok() {
+            return Err(JailError::Preload(PRELOAD.into()));
+        }
         // To be read and executed by whoever is in there.
         let mode = Mode::from_raw_mode(0o555);
         for (mut from, to) in self.files {
@@ -96,8 +107,8 @@ fn libraries(maps: &[u8]) -> Vec<PathBuf> {
     found
 }
 
-/// Which loader an ELF program asks for, if it is linked dynamically (elf(5)): of the 64-bit, little-endian kind. What is no such
-/// program is the kernel's to refuse.
+/// Which loader an ELF program asks for, if it is linked dynamically (elf(5)): of the 64-bit, little-endian kind. What
+/// is no such program is the kernel's to refuse.
 fn interpreter(file: &File) -> io::Result<Option<PathBuf>> {
     const PT_INTERP: u32 = 3;
     let mut header = [0; 64];

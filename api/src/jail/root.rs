@@ -2,15 +2,17 @@
 //!
 //! | | | why |
 //! |---|---|---|
-//! | `/` | the jail's directory, `nosuid` | what was put there for the microVM; its API's socket; owned by its user, as in Firecracker's jail |
+//! | `/` | the jail's directory, `nosuid`, its user's | what was put there for the microVM; its API's socket |
 //! | `/dev` | memory, read-only | `kvm`, `net/tun`, `null`, `urandom`: the user's, mode 0600 |
-//! | `/proc` | `subset=pid,hidepid=2`, read-only | what the kernel says of this process's threads, and nothing of others |
-//! | `/sys` | memory, read-only | of the host's CPUs, huge pages, KVM's modules, and what CPU time this cgroup may use: what readings are made of |
+//! | `/proc` | `subset=pid,hidepid=2`, read-only | what the kernel says of this process's threads |
+//! | `/sys` | memory, read-only | what readings are made of: the host's CPUs, huge pages, this cgroup's quota |
 //!
-//! All but `/` is in the namespace only, and goes with the last process in it.
+//! All but `/` is in the namespace only, and goes with the last process in it. By `hidepid=2` /proc has no process of
+//! another user; those of the same user it has all, unless --new-pid-ns leaves them out.
 //!
-//! What of the host is to be seen is picked up as detached mounts (open_tree(2)) before the host goes away, and put down after that
-//! (move_mount(2)): every path that is walked inside then ends inside, whatever the microVM's user has left there.
+//! What of the host is to be seen is picked up as detached mounts (open_tree(2)) before the host goes away, and put
+//! down after that (move_mount(2)): every path that is walked inside then ends inside, whatever the microVM's user has
+//! left there.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};

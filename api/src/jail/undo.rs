@@ -1,8 +1,8 @@
-//! What has been made on the host so far, and how it goes again: newest first, by the directories it was made in, whatever has become of
-//! the paths that led to them.
+//! What has been made on the host so far, and how it goes again: newest first, by the directories it was made in,
+//! whatever has become of the paths that led to them.
 //!
-//! Where a microVM has had a jail's directory before, its user may have put anything there. So nothing here follows a symbolic link: a
-//! path is walked part by part, and a part that is no directory ends the walk.
+//! Where a microVM has had a jail's directory before, its user may have put anything there. So nothing here follows a
+//! symbolic link: a path is walked part by part, and a part that is no directory ends the walk.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, fchmod, mkdirat, openat, renameat, statat, unlinkat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, fchmod, mkdirat, openat, renameat, statat, unlinkat};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, capabilities, move_into_link_name_space, set_capabilities};
 
@@ -126,16 +126,21 @@ const THROUGH: Mode = Mode::from_raw_mode(0o755);
 
 /// Opens the directory `path` below `from`, and makes what is missing of it.
 pub fn directories(from: &impl AsFd, path: &Path, undo: &mut Undo) -> Result<OwnedFd, JailError> {
+    directories_with(from, path, THROUGH, undo)
+}
+
+/// Likewise, and those made have `mode`, from their first instant.
+pub fn directories_with(from: &impl AsFd, path: &Path, mode: Mode, undo: &mut Undo) -> Result<OwnedFd, JailError> {
     let here = from.as_fd().try_clone_to_owned();
     let mut here = here.map_err(JailError::io("use a directory"))?;
     for part in path {
-        match mkdirat(&here, part, THROUGH) {
+        match mkdirat(&here, part, mode) {
             Ok(()) => {
                 undo.directory(&here, part)?;
                 let made = openat(&here, part, OPEN, Mode::empty());
                 let made = made.map_err(JailError::step(format!("open {}, just made", path.display())))?;
                 // Whatever the umask takes away.
-                fchmod(&made, THROUGH).map_err(JailError::step(format!("set the mode of {}", path.display())))?;
+                fchmod(&made, mode).map_err(JailError::step(format!("set the mode of {}", path.display())))?;
                 here = made;
             }
             Err(Errno::EXIST) => {
@@ -169,7 +174,13 @@ pub fn file(
     // One that was killed may have left it.
     let _ = unlinkat(&directory, &new, AtFlags::empty());
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let was_there = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok();
+    let there = |name: &OsStr| statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW);
+    let was_there = there(name).is_ok();
+    for name in [&new, name] {
+        if there(name).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode).is_dir()) {
+            return Err(JailError::InTheWay(parent.join(name)));
+        }
+    }
     let made = openat(&directory, &new, flags, Mode::RUSR).map_err(JailError::step(what()))?;
     let written = fchmod(&made, mode)
         .map_err(io::Error::from)
@@ -237,6 +248,23 @@ mod tests {
         let ours = std::fs::symlink_metadata(scratch.path("file")).unwrap();
         assert!(ours.is_file() && ours.permissions().mode() & 0o777 == 0o500);
         assert_eq!(std::fs::read_dir(elsewhere.path("")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_directory_where_a_file_goes_is_named() {
+        let scratch = Scratch::new();
+        let base = open_real(&scratch.path("")).unwrap();
+        for name in [".new-file", "file"] {
+            let left = scratch.path("a").join(name);
+            std::fs::create_dir_all(left.join("full")).unwrap();
+            let refused = file(&base, Path::new("a/file"), Mode::RUSR, &mut Undo::default(), |_| Ok(()));
+            let said = refused.unwrap_err().below(&scratch.path("")).to_string();
+            assert!(
+                said.starts_with(&*left.to_string_lossy()) && said.contains("remove it"),
+                "{said}"
+            );
+            std::fs::remove_dir_all(left).unwrap();
+        }
     }
 
     #[test]
