@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::http::StatusCode;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -75,7 +76,9 @@ pub(crate) struct Line {
 struct Standing {
     stage: Stage,
     since: Instant,
-    /// When it had its last answer.
+    /// Whether who asks is to be answered, rather than told that he brings no token.
+    known: bool,
+    /// When it had its last answer as one that is known.
     answered: Option<Instant>,
     #[cfg(test)]
     sent_away: bool,
@@ -91,6 +94,7 @@ impl Line {
             standing: Mutex::new(Standing {
                 stage: Stage::Idle,
                 since: accepted,
+                known: false,
                 answered: None,
                 #[cfg(test)]
                 sent_away: false,
@@ -105,7 +109,8 @@ impl Line {
         self.peer
     }
 
-    /// The more, the longer it stays: an answer, the later the better.
+    /// The more, the longer it stays: an answer, the later the better. That a token is needed is none: else who has no
+    /// token, and asks all the time, would outstay who has one and asks now and then.
     pub fn merit(&self) -> (Option<Instant>, Instant) {
         (self.standing().answered, self.accepted)
     }
@@ -143,9 +148,10 @@ impl Line {
         }
     }
 
-    /// The answer is made.
-    pub fn answers(&self) {
+    /// The answer is made, and has that status.
+    pub fn answers(&self, status: StatusCode) {
         let mut standing = self.standing();
+        standing.known = status != StatusCode::UNAUTHORIZED;
         if standing.stage != Stage::Stream {
             standing.enter(Stage::Answer);
         }
@@ -155,7 +161,9 @@ impl Line {
     pub fn answered(&self) {
         let mut standing = self.standing();
         standing.enter(Stage::Idle);
-        standing.answered = Some(standing.since);
+        if standing.known {
+            standing.answered = Some(standing.since);
+        }
     }
 
     /// From now on it is a stream, of messages of some `bytes`: the system buffers a message or two for it. It needs no place any
@@ -339,13 +347,13 @@ mod tests {
     async fn each_stage_has_its_time_and_some_have_all() {
         let line = Line::new(Peer::Unknown, limits());
         assert_eq!(overdue(&line, async || ()).await, (Stage::Idle, 60));
-        line.answers();
+        line.answers(StatusCode::OK);
         assert_eq!(overdue(&line, async || ()).await, (Stage::Answer, 30));
         for stage in [Stage::Asked, Stage::Stream] {
             line.enter(stage);
             let never = tokio::time::timeout(Duration::from_secs(3600), line.overdue()).await;
             assert!(never.is_err());
-            line.answers();
+            line.answers(StatusCode::OK);
         }
         assert!(line.is_stream(), "it is, whatever its handler's answer is");
     }
@@ -376,9 +384,27 @@ mod tests {
         socket.flush().await.unwrap();
         assert_eq!(line.merit().0, None, "there was no answer to take");
         tokio::time::advance(Duration::from_secs(100)).await;
-        line.answers();
+        line.answers(StatusCode::OK);
         socket.flush().await.unwrap();
         assert_eq!(line.merit().0, Some(Instant::now()));
         assert_eq!(overdue(&line, async || ()).await, (Stage::Idle, 60));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn to_be_told_that_a_token_is_needed_gives_no_merit_and_takes_none() {
+        let (_client, server) = UnixStream::pair().unwrap();
+        let line = Line::new(Peer::Tcp, limits());
+        let mut socket = line.clone().socket(server);
+        let mut first = None;
+        for (status, has_merit) in [(401, false), (400, true), (401, true)] {
+            tokio::time::advance(Duration::from_secs(1)).await;
+            line.asked().await;
+            line.answers(StatusCode::from_u16(status).unwrap());
+            socket.flush().await.unwrap();
+            assert_eq!(line.standing().stage, Stage::Idle, "it is an answer all the same");
+            first = first.or(line.merit().0);
+            assert_eq!(line.merit().0.is_some(), has_merit, "{status}");
+        }
+        assert_eq!(line.merit().0, first);
     }
 }

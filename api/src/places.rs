@@ -120,6 +120,8 @@ impl Taken {
 mod tests {
     use std::time::Duration;
 
+    use axum::http::StatusCode;
+
     use super::*;
     use crate::routes::Limits;
 
@@ -153,6 +155,12 @@ mod tests {
         }
     }
 
+    /// It has an answer, and takes it.
+    fn answer(line: &Line, status: StatusCode) {
+        line.answers(status);
+        line.answered();
+    }
+
     const FLOOD: Peer = Peer::Process(1);
     const GOOD: Peer = Peer::Process(2);
 
@@ -178,13 +186,28 @@ mod tests {
         }
         for n in [2, 0] {
             tokio::time::advance(Duration::from_millis(1)).await;
-            room.taken[n].0.answered();
+            answer(&room.taken[n].0, StatusCode::OK);
         }
         room.enter(FLOOD).await;
         assert_eq!(room.sent_away(), [1]);
-        room.taken[3].0.answered();
+        answer(&room.taken[3].0, StatusCode::OK);
         room.enter(FLOOD).await;
         assert_eq!(room.sent_away(), [1, 2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn over_tcp_who_brought_the_token_outstays_a_flood_that_is_told_to_bring_one() {
+        let mut room = Room::of(8);
+        let client = room.enter(Peer::Tcp).await;
+        answer(&client, StatusCode::NO_CONTENT);
+        for _ in 0..100 {
+            room.enter(Peer::Tcp).await;
+            // All of them, each time: their answers are the later ones.
+            let strangers = room.taken.iter().skip(1).map(|(line, _)| line);
+            strangers.for_each(|line| answer(line, StatusCode::UNAUTHORIZED));
+        }
+        assert!(!client.is_sent_away());
+        assert_eq!(room.sent_away().len(), 101 - 8);
     }
 
     #[tokio::test(start_paused = true)]

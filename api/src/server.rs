@@ -5,6 +5,7 @@
 //! of requests; what all connections together may hold is bounded ([`CONNECTIONS`] of [`HEAD_BYTES`], a body and an answer each);
 //! dropping the [`Server`] takes no longer than [`Limits::linger`], whatever clients do.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::AsFd;
@@ -382,12 +383,12 @@ impl Connection {
                 let (answer, line, place) = (router.call(request), line.clone(), place.clone());
                 async move {
                     line.asked().await;
-                    let answer = answer.await;
-                    line.answers();
+                    let Ok(answer) = answer.await;
+                    line.answers(answer.status());
                     if line.is_stream() {
                         place.leave();
                     }
-                    answer
+                    Ok::<_, Infallible>(answer)
                 }
             })
         };

@@ -208,9 +208,13 @@ async fn handle(shared: Shared, method: Method, path: String, request: Result<Re
     }
     match fault {
         Some(fault) => {
-            let (status, why) = (response.status().as_u16(), fault.message());
-            match shared.refusals.log() {
+            let (code, why) = (response.status(), fault.message());
+            let status = code.as_u16();
+            match shared.refusals.log(code) {
                 Some(0) => tracing::info!("{line}: {status}: {why}"),
+                Some(more) if code == StatusCode::UNAUTHORIZED => {
+                    tracing::info!("{line}: {status}: {why} ({more} of status {status} before it were not logged)");
+                }
                 Some(more) => tracing::info!("{line}: {status}: {why} ({more} refusals before it were not logged)"),
                 None => {}
             }
