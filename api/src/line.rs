@@ -1,5 +1,5 @@
-//! A connection as the server, and the handler of an endless answer, see it: how far it is with a request and until when it may be,
-//! whether it has to go, and how much is buffered for it.
+//! A connection as the server, and the handler of an endless answer, see it: how far it is with a request and until
+//! when it may be, whether it has to go, and how much is buffered for it.
 //!
 //! ```text
 //!          first byte            whole head             answer made            last byte sent
@@ -9,11 +9,11 @@
 //!  closed               closed                └─► Stream              closed
 //! ```
 //!
-//! The times are [`Limits`]'. A slow client is one that says its head a byte at a time, or does not take what it asked for: each stage is timed as a whole, so
-//! that a byte now and then buys no more time.
+//! The times are [`Limits`]'. A slow client is one that says its head a byte at a time, or does not take what it asked
+//! for: each stage is timed as a whole, so that a byte now and then buys no more time.
 //!
-//! A stream takes a connection for as long as its client likes, so it must not take the place of a request; and the system would
-//! hold some 200 KiB in a socket's buffer (`net.core.wmem_default`) for each client that does not read.
+//! A stream takes a connection for as long as its client likes, so it must not take the place of a request; and the
+//! system would hold some 200 KiB in a socket's buffer (`net.core.wmem_default`) for each client that does not read.
 
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
@@ -139,7 +139,8 @@ impl Line {
         self.asked.store(false, Ordering::Relaxed);
     }
 
-    /// Its head is there. Ends when it is its turn: of many requests that came at once, one is answered before others have theirs.
+    /// Its head is there. Ends when it is its turn: of many requests that came at once, one is answered before others
+    /// have theirs.
     pub async fn asked(&self) {
         self.enter(Stage::Asked);
         if self.asked.swap(true, Ordering::Relaxed) {
@@ -166,8 +167,8 @@ impl Line {
         }
     }
 
-    /// From now on it is a stream, of messages of some `bytes`: the system buffers a message or two for it. It needs no place any
-    /// more, which is up to whoever gave it one.
+    /// From now on it is a stream, of messages of some `bytes`: the system buffers a message or two for it. It needs no
+    /// place any more, which is up to whoever gave it one.
     pub fn becomes_stream(&self, bytes: usize) {
         self.enter(Stage::Stream);
         self.send_buffer.store(bytes, Ordering::Relaxed);
@@ -283,8 +284,8 @@ impl<IO: AsyncWrite + AsFd + Unpin> AsyncWrite for Socket<IO> {
         self.io.is_write_vectored()
     }
 
-    /// Called by hyper once the socket has taken all that is written so far. All of an answer is, by the first time that this
-    /// is called once it is made: an answer that is no stream is in one piece.
+    /// Called by hyper once the socket has taken all that is written so far. All of an answer is, by the first time
+    /// that this is called once it is made: an answer that is no stream is in one piece.
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let flushed = Pin::new(&mut this.io).poll_flush(context);

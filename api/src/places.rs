@@ -1,10 +1,12 @@
 //! Places for connections: how many there are, and who gives one up for who comes next.
 //!
-//! Nobody waits for a place and nobody is refused one. Were newcomers refused, whoever opened as many connections as there are places,
-//! and said nothing on them, would keep everybody out for as long as a connection may stay silent. Instead, when all are taken, of the
-//! process that holds the most of them (by SO_PEERCRED; all who come over TCP count as one, and so do all of other PID namespaces), that
-//! connection goes that has had no answer for the longest time, those first that never had one. So a flood takes its places from itself, however it is made: a client of another process keeps
-//! its connection, and a new one is in at once.
+//! Nobody waits for a place and nobody is refused one. Were newcomers refused, whoever opened as many connections as
+//! there are places, and said nothing on them, would keep everybody out for as long as a connection may stay silent.
+//! Instead, when all are taken, of the process that holds the most of them (by SO_PEERCRED; all who come over TCP count
+//! as one, and so do all of other PID namespaces), that connection goes that has had no answer for the longest time,
+//! those first that never had one (to be told that a token is needed is to have none). So a flood takes its places from
+//! itself, however it is made: a client of another process keeps its connection, and so does over TCP who has the token,
+//! and a new one is in at once.
 //!
 //! A change whose client is sent away meanwhile is made all the same: see `routes`.
 

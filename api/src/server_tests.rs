@@ -280,8 +280,8 @@ fn of_requests_that_come_all_at_once_no_more_is_read_than_a_head_is_long() {
         sent += bytes;
         served.answers();
     }
-    // What the sockets hold, of answers and of requests: 208 KiB each, unless the system was told otherwise (socket(7)), and what
-    // the system keeps of each piece; and no number of requests.
+    // What the sockets hold, of answers and of requests: 208 KiB each, unless the system was told otherwise
+    // (socket(7)), and what the system keeps of each piece; and no number of requests.
     assert!(sent < 4 << 20, "{sent} bytes of requests were taken");
     assert!(served.answers());
 }

@@ -1,16 +1,17 @@
 //! Unix sockets that this process listens on, and their files.
 //!
-//! An existing file is never replaced, but for the socket of a process that has ended, which a kill -9 leaves behind: of
-//! the same user, with nobody listening. A [`Refusal`] says what else it is. One that has been bound and does not listen
-//! yet refuses connections as one left behind does: only one that goes on refusing them is called that. Two that start at
-//! once would each take the path from the other: who replaces a file holds the directory's lock (flock(2)) from its last
-//! look at it until its own listens, and removes only the very file that it has looked at all the time. Where that lock
-//! cannot be had nothing is replaced.
+//! An existing file is never replaced, but for the socket of a process that has ended, which a kill -9 leaves behind:
+//! of the same user, with nobody listening. A [`Refusal`] says what else it is. One that has been bound and does not
+//! listen yet refuses connections as one left behind does: only one that goes on refusing them is called that. Two that
+//! start at once would each take the path from the other: who replaces a file holds the directory's lock (flock(2))
+//! from its last look at it until its own listens, and removes only the very file that it has looked at all the time.
+//! Where that lock cannot be had nothing is replaced.
 //!
-//! What is removed is looked at, and removed, in a directory that is kept open (a [`Place`]), so that both are of one file
-//! even where the path has come to lead elsewhere.
+//! What is removed is looked at, and removed, in a directory that is kept open (a [`Place`]), so that both are of one
+//! file even where the path has come to lead elsewhere.
 //!
-//! A [`Listening`] removes the file before it closes the socket: there is no instant at which its file is one left behind.
+//! A [`Listening`] removes the file before it closes the socket: there is no instant at which its file is one left
+//! behind.
 //!
 //! A file goes with its [`SocketFile`], and with the process where that ends by [`remove_all`]: on a way out that waits
 //! for nobody, whoever owns the file may not get to drop it.
@@ -34,12 +35,13 @@ pub const MAX_PATH: usize = 107;
 /// Connections that may wait to be accepted: as many as std's listeners let.
 const BACKLOG: i32 = 128;
 
-/// How often a socket that nobody listens on is looked at before it is one left behind, and how long between two looks. From
-/// bind(2) to listen(2) are some microseconds, unless its process is not run.
+/// How often a socket that nobody listens on is looked at before it is one left behind, and how long between two looks.
+/// From bind(2) to listen(2) are some microseconds, unless its process is not run.
 const LOOKS: usize = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 
-/// The files of all sockets of this process; none once it is about to end, and then there are to be no more. Held while one is made.
+/// The files of all sockets of this process; none once it is about to end, and then there are to be no more. Held while
+/// one is made.
 static FILES: Mutex<Option<Vec<Weak<SocketFile>>>> = Mutex::new(Some(Vec::new()));
 
 /// Why there is no socket at a path. Whoever wanted it there says so in the words of his user.
@@ -96,8 +98,8 @@ impl Place {
         rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty())
     }
 
-    /// The lock of the directory, for as long as the descriptor lives; none where it cannot be had. Others of ours hold it
-    /// for an instant; who keeps it for good (it keeps systemd-tmpfiles from cleaning up) must not keep us.
+    /// The lock of the directory, for as long as the descriptor lives; none where it cannot be had. Others of ours hold
+    /// it for an instant; who keeps it for good (it keeps systemd-tmpfiles from cleaning up) must not keep us.
     fn lock(&self) -> Option<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::openat(&self.directory, ".", flags, Mode::empty()).ok()?;
@@ -112,7 +114,8 @@ impl Place {
     }
 }
 
-/// Which file it is of all that there have been: another may get the inode number of one that is gone, but it is made later.
+/// Which file it is of all that there have been: another may get the inode number of one that is gone, but it is made
+/// later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -199,15 +202,16 @@ impl<L> Listening<L> {
     }
 }
 
-/// Removes the files of all sockets of this process, which is about to end: another thread that would make one is refused.
+/// Removes the files of all sockets of this process, which is about to end: another thread that would make one is
+/// refused.
 pub fn remove_all() {
     let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
     let removed = files.take().into_iter().flatten();
     removed.filter_map(|file| file.upgrade()).for_each(|file| file.remove());
 }
 
-/// Listens at `path`, without blocking. The file has `mode`, less the umask, from the instant it exists; [`None`] is the
-/// system's 0777.
+/// Listens at `path`, without blocking. The file has `mode`, less the umask, from the instant it exists; [`None`] is
+/// the system's 0777.
 ///
 /// # Errors
 /// See [`Refusal`].
@@ -297,8 +301,8 @@ fn own(
     Ok(Ok(file))
 }
 
-/// Removes the socket at `place`, which nobody listens on, if it is one of this user's, and `left`, the one that has been
-/// looked at: another is left alone, to be looked at in its turn.
+/// Removes the socket at `place`, which nobody listens on, if it is one of this user's, and `left`, the one that has
+/// been looked at: another is left alone, to be looked at in its turn.
 fn remove_stale(path: &Path, place: &Place, left: Identity) -> Result<(), Refusal> {
     let stat = match place.look() {
         Ok(stat) if Identity::of(&stat) == left => stat,

@@ -1,4 +1,5 @@
-//! How many refusals are logged: a client that is refused as fast as it asks shall not fill the disk that the log is on.
+//! How many refusals are logged: a client that is refused as fast as it asks shall not fill the disk that the log is
+//! on.
 //!
 //! Those of status 401 are counted apart: who has no token shall not hide what whoever has one is refused.
 

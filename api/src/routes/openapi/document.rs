@@ -1,8 +1,8 @@
 //! Writes the document from `list.rs` and the types.
 //!
-//! A type that is both read and written looks different from either side: what may be left out of a request is always in an
-//! answer. Where it does, its two shapes are two components, the second `...Answer`. Examples are the rows of kind `good` of
-//! `table.txt`, so that none is wrong.
+//! A type that is both read and written looks different from either side: what may be left out of a request is always
+//! in an answer. Where it does, its two shapes are two components, the second `...Answer`. Examples are the rows of
+//! kind `good` of `table.txt`, so that none is wrong.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -29,8 +29,8 @@ const COMPONENTS: &str = "#/components/schemas/";
 /// More would hide the rest.
 const EXAMPLES_MAX: usize = 3;
 
-/// Routes that are answered without the VMM's thread: all others may find that as many wait for it as may. Of the stream
-/// there is a most too.
+/// Routes that are answered without the VMM's thread: all others may find that as many wait for it as may. Of the
+/// stream there is a most too.
 const ANSWERED_AT_ONCE: [(&str, &str); 8] = [
     ("GET", "/version"),
     ("GET", "/metrics"),
@@ -142,7 +142,7 @@ fn document() -> Value {
                     "content": { "application/json": { "schema": fault.clone() } },
                 },
                 "Busy": {
-                    "description": "As many wait for the microVM, or listen, as may. Nothing has changed: try again later.",
+                    "description": "As many wait for the microVM, or listen, as may. Nothing has changed: try later.",
                     "content": { "application/json": { "schema": fault } },
                 },
             },

@@ -66,8 +66,8 @@ pub enum VsockError {
     InUse(PathBuf),
     /// A socket nobody listens on, and not ours to replace: another user's, or its directory cannot be locked.
     #[error(
-        "vsock: uds_path {0}: a socket nobody listens on, which is not replaced: it is another user's, or its directory \
-         cannot be locked: see that no other process is about to use it, and remove it (rm {0}), or choose another path"
+        "vsock: uds_path {0}: a socket nobody listens on, which is not replaced: it is another user's, or its \
+         directory cannot be locked: see that no other process is about to use it, and remove it (rm {0}), or choose another path"
     )]
     Stale(PathBuf),
     /// Something else has that name.
