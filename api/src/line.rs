@@ -1,5 +1,5 @@
-//! A connection as the server, and the handler of an endless answer, see it: how far it is with a request and until when it may be,
-//! whether it has to go, and how much is buffered for it.
+//! A connection as the server, and the handler of an endless answer, see it: how far it is with a request and until
+//! when it may be, whether it has to go, and how much is buffered for it.
 //!
 //! ```text
 //!          first byte            whole head             answer made            last byte sent
@@ -9,11 +9,11 @@
 //!  closed               closed                └─► Stream              closed
 //! ```
 //!
-//! The times are [`Limits`]'. A slow client is one that says its head a byte at a time, or does not take what it asked for: each stage is timed as a whole, so
-//! that a byte now and then buys no more time.
+//! The times are [`Limits`]'. A slow client is one that says its head a byte at a time, or does not take what it asked
+//! for: each stage is timed as a whole, so that a byte now and then buys no more time.
 //!
-//! A stream takes a connection for as long as its client likes, so it must not take the place of a request; and the system would
-//! hold some 200 KiB in a socket's buffer (`net.core.wmem_default`) for each client that does not read.
+//! A stream takes a connection for as long as its client likes, so it must not take the place of a request; and the
+//! system would hold some 200 KiB in a socket's buffer (`net.core.wmem_default`) for each client that does not read.
 
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::http::StatusCode;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -75,7 +76,9 @@ pub(crate) struct Line {
 struct Standing {
     stage: Stage,
     since: Instant,
-    /// When it had its last answer.
+    /// Whether who asks is to be answered, rather than told that he brings no token.
+    known: bool,
+    /// When it had its last answer as one that is known.
     answered: Option<Instant>,
     #[cfg(test)]
     sent_away: bool,
@@ -91,6 +94,7 @@ impl Line {
             standing: Mutex::new(Standing {
                 stage: Stage::Idle,
                 since: accepted,
+                known: false,
                 answered: None,
                 #[cfg(test)]
                 sent_away: false,
@@ -105,7 +109,8 @@ impl Line {
         self.peer
     }
 
-    /// The more, the longer it stays: an answer, the later the better.
+    /// The more, the longer it stays: an answer, the later the better. That a token is needed is none: else who has no
+    /// token, and asks all the time, would outstay who has one and asks now and then.
     pub fn merit(&self) -> (Option<Instant>, Instant) {
         (self.standing().answered, self.accepted)
     }
@@ -134,7 +139,8 @@ impl Line {
         self.asked.store(false, Ordering::Relaxed);
     }
 
-    /// Its head is there. Ends when it is its turn: of many requests that came at once, one is answered before others have theirs.
+    /// Its head is there. Ends when it is its turn: of many requests that came at once, one is answered before others
+    /// have theirs.
     pub async fn asked(&self) {
         self.enter(Stage::Asked);
         if self.asked.swap(true, Ordering::Relaxed) {
@@ -143,9 +149,10 @@ impl Line {
         }
     }
 
-    /// The answer is made.
-    pub fn answers(&self) {
+    /// The answer is made, and has that status.
+    pub fn answers(&self, status: StatusCode) {
         let mut standing = self.standing();
+        standing.known = status != StatusCode::UNAUTHORIZED;
         if standing.stage != Stage::Stream {
             standing.enter(Stage::Answer);
         }
@@ -155,11 +162,13 @@ impl Line {
     pub fn answered(&self) {
         let mut standing = self.standing();
         standing.enter(Stage::Idle);
-        standing.answered = Some(standing.since);
+        if standing.known {
+            standing.answered = Some(standing.since);
+        }
     }
 
-    /// From now on it is a stream, of messages of some `bytes`: the system buffers a message or two for it. It needs no place any
-    /// more, which is up to whoever gave it one.
+    /// From now on it is a stream, of messages of some `bytes`: the system buffers a message or two for it. It needs no
+    /// place any more, which is up to whoever gave it one.
     pub fn becomes_stream(&self, bytes: usize) {
         self.enter(Stage::Stream);
         self.send_buffer.store(bytes, Ordering::Relaxed);
@@ -275,8 +284,8 @@ impl<IO: AsyncWrite + AsFd + Unpin> AsyncWrite for Socket<IO> {
         self.io.is_write_vectored()
     }
 
-    /// Called by hyper once the socket has taken all that is written so far. All of an answer is, by the first time that this
-    /// is called once it is made: an answer that is no stream is in one piece.
+    /// Called by hyper once the socket has taken all that is written so far. All of an answer is, by the first time
+    /// that this is called once it is made: an answer that is no stream is in one piece.
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let flushed = Pin::new(&mut this.io).poll_flush(context);
@@ -339,13 +348,13 @@ mod tests {
     async fn each_stage_has_its_time_and_some_have_all() {
         let line = Line::new(Peer::Unknown, limits());
         assert_eq!(overdue(&line, async || ()).await, (Stage::Idle, 60));
-        line.answers();
+        line.answers(StatusCode::OK);
         assert_eq!(overdue(&line, async || ()).await, (Stage::Answer, 30));
         for stage in [Stage::Asked, Stage::Stream] {
             line.enter(stage);
             let never = tokio::time::timeout(Duration::from_secs(3600), line.overdue()).await;
             assert!(never.is_err());
-            line.answers();
+            line.answers(StatusCode::OK);
         }
         assert!(line.is_stream(), "it is, whatever its handler's answer is");
     }
@@ -376,9 +385,27 @@ mod tests {
         socket.flush().await.unwrap();
         assert_eq!(line.merit().0, None, "there was no answer to take");
         tokio::time::advance(Duration::from_secs(100)).await;
-        line.answers();
+        line.answers(StatusCode::OK);
         socket.flush().await.unwrap();
         assert_eq!(line.merit().0, Some(Instant::now()));
         assert_eq!(overdue(&line, async || ()).await, (Stage::Idle, 60));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn to_be_told_that_a_token_is_needed_gives_no_merit_and_takes_none() {
+        let (_client, server) = UnixStream::pair().unwrap();
+        let line = Line::new(Peer::Tcp, limits());
+        let mut socket = line.clone().socket(server);
+        let mut first = None;
+        for (status, has_merit) in [(401, false), (400, true), (401, true)] {
+            tokio::time::advance(Duration::from_secs(1)).await;
+            line.asked().await;
+            line.answers(StatusCode::from_u16(status).unwrap());
+            socket.flush().await.unwrap();
+            assert_eq!(line.standing().stage, Stage::Idle, "it is an answer all the same");
+            first = first.or(line.merit().0);
+            assert_eq!(line.merit().0.is_some(), has_merit, "{status}");
+        }
+        assert_eq!(line.merit().0, first);
     }
 }

@@ -1,10 +1,12 @@
 //! Places for connections: how many there are, and who gives one up for who comes next.
 //!
-//! Nobody waits for a place and nobody is refused one. Were newcomers refused, whoever opened as many connections as there are places,
-//! and said nothing on them, would keep everybody out for as long as a connection may stay silent. Instead, when all are taken, of the
-//! process that holds the most of them (by SO_PEERCRED; all who come over TCP count as one, and so do all of other PID namespaces), that
-//! connection goes that has had no answer for the longest time, those first that never had one. So a flood takes its places from itself, however it is made: a client of another process keeps
-//! its connection, and a new one is in at once.
+//! Nobody waits for a place and nobody is refused one. Were newcomers refused, whoever opened as many connections as
+//! there are places, and said nothing on them, would keep everybody out for as long as a connection may stay silent.
+//! Instead, when all are taken, of the process that holds the most of them (by SO_PEERCRED; all who come over TCP count
+//! as one, and so do all of other PID namespaces), that connection goes that has had no answer for the longest time,
+//! those first that never had one (to be told that a token is needed is to have none). So a flood takes its places from
+//! itself, however it is made: a client of another process keeps its connection, and so does over TCP who has the token,
+//! and a new one is in at once.
 //!
 //! A change whose client is sent away meanwhile is made all the same: see `routes`.
 
@@ -120,6 +122,8 @@ impl Taken {
 mod tests {
     use std::time::Duration;
 
+    use axum::http::StatusCode;
+
     use super::*;
     use crate::routes::Limits;
 
@@ -153,6 +157,12 @@ mod tests {
         }
     }
 
+    /// It has an answer, and takes it.
+    fn answer(line: &Line, status: StatusCode) {
+        line.answers(status);
+        line.answered();
+    }
+
     const FLOOD: Peer = Peer::Process(1);
     const GOOD: Peer = Peer::Process(2);
 
@@ -178,13 +188,28 @@ mod tests {
         }
         for n in [2, 0] {
             tokio::time::advance(Duration::from_millis(1)).await;
-            room.taken[n].0.answered();
+            answer(&room.taken[n].0, StatusCode::OK);
         }
         room.enter(FLOOD).await;
         assert_eq!(room.sent_away(), [1]);
-        room.taken[3].0.answered();
+        answer(&room.taken[3].0, StatusCode::OK);
         room.enter(FLOOD).await;
         assert_eq!(room.sent_away(), [1, 2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn over_tcp_who_brought_the_token_outstays_a_flood_that_is_told_to_bring_one() {
+        let mut room = Room::of(8);
+        let client = room.enter(Peer::Tcp).await;
+        answer(&client, StatusCode::NO_CONTENT);
+        for _ in 0..100 {
+            room.enter(Peer::Tcp).await;
+            // All of them, each time: their answers are the later ones.
+            let strangers = room.taken.iter().skip(1).map(|(line, _)| line);
+            strangers.for_each(|line| answer(line, StatusCode::UNAUTHORIZED));
+        }
+        assert!(!client.is_sent_away());
+        assert_eq!(room.sent_away().len(), 101 - 8);
     }
 
     #[tokio::test(start_paused = true)]

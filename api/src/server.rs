@@ -1,10 +1,12 @@
 //! The API's thread: one current-thread runtime that accepts, serves and ends connections.
 //!
-//! Promises: kept off the vCPUs' CPUs; a client that sends half a request, or never reads its answer, delays nobody else, and is sent away
-//! in time (`line`); accepting waits for nobody, and who comes next has a place at once (`places`); streams do not take the places
-//! of requests; what all connections together may hold is bounded ([`CONNECTIONS`] of [`HEAD_BYTES`], a body and an answer each);
-//! dropping the [`Server`] takes no longer than [`Limits::linger`], whatever clients do.
+//! Promises: kept off the vCPUs' CPUs; a client that sends half a request, or never reads its answer, delays nobody
+//! else, and is sent away in time (`line`); accepting waits for nobody, and who comes next has a place at once
+//! (`places`); streams do not take the places of requests; what all connections together may hold is bounded
+//! ([`CONNECTIONS`] of [`HEAD_BYTES`], a body and an answer each); dropping the [`Server`] takes no longer than
+//! [`Limits::linger`], whatever clients do.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::AsFd;
@@ -32,11 +34,12 @@ use crate::places::{Peer, Place, Places};
 use crate::routes::{self, Limits, OverTcp, Shared};
 use crate::token::Token;
 
-/// Connections served at once, streams not counted: several times what Firecracker has (10). Each more of them is one more that
-/// may ask without end, and that others have to wait for at every turn.
+/// Connections served at once, streams not counted: several times what Firecracker has (10). Each more of them is one
+/// more that may ask without end, and that others have to wait for at every turn.
 const CONNECTIONS: usize = 64;
 
-/// Connections accepted before those that are there have their turn: a request waits for no more than these, some hundred microseconds.
+/// Connections accepted before those that are there have their turn: a request waits for no more than these, some
+/// hundred microseconds.
 const ACCEPTED_AT_ONCE: usize = 16;
 
 /// The longest head, in bytes; and what is read ahead of what is needed.
@@ -53,7 +56,8 @@ pub struct Listeners {
     pub token: Option<Token>,
 }
 
-/// The server. It serves once it is opened, or [held](Server::hold) and let go; dropping it stops it: nothing more is accepted, requests under way may finish.
+/// The server. It serves once it is opened, or [held](Server::hold) and let go; dropping it stops it: nothing more is
+/// accepted, requests under way may finish.
 #[derive(Debug)]
 pub struct Server {
     open: Option<mpsc::Sender<Opened>>,
@@ -94,10 +98,11 @@ impl Held {
 }
 
 impl Server {
-    /// Starts a thread named `api` that makes ready to serve. To be called before the calling thread confines itself to some
-    /// CPUs, for this one takes its CPUs for the process's.
+    /// Starts a thread named `api` that makes ready to serve. To be called before the calling thread confines itself to
+    /// some CPUs, for this one takes its CPUs for the process's.
     ///
-    /// Whoever spawned this program waits for its API: its thread makes ready while the caller does what must be done before.
+    /// Whoever spawned this program waits for its API: its thread makes ready while the caller does what must be done
+    /// before.
     ///
     /// # Errors
     /// The thread could not be made.
@@ -168,8 +173,8 @@ impl Server {
         })
     }
 
-    /// Serves `backend` on `listeners`; to be called once, or [`Server::hold`] is. `started` is called on the server's thread once
-    /// the guest has been started over the API.
+    /// Serves `backend` on `listeners`; to be called once, or [`Server::hold`] is. `started` is called on the server's
+    /// thread once the guest has been started over the API.
     ///
     /// # Errors
     /// The host's CPUs could not be read, or no runtime be made that takes the sockets.
@@ -186,8 +191,8 @@ impl Server {
         self.take(listeners, backend, limits, started, go)
     }
 
-    /// As [`Server::open`], but for serving, which is up to what is returned: for whoever has to know that nothing can fail any
-    /// more, and has something to do first.
+    /// As [`Server::open`], but for serving, which is up to what is returned: for whoever has to know that nothing can
+    /// fail any more, and has something to do first.
     ///
     /// # Errors
     /// As [`Server::open`].
@@ -382,12 +387,12 @@ impl Connection {
                 let (answer, line, place) = (router.call(request), line.clone(), place.clone());
                 async move {
                     line.asked().await;
-                    let answer = answer.await;
-                    line.answers();
+                    let Ok(answer) = answer.await;
+                    line.answers(answer.status());
                     if line.is_stream() {
                         place.leave();
                     }
-                    answer
+                    Ok::<_, Infallible>(answer)
                 }
             })
         };

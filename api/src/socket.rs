@@ -1,8 +1,8 @@
-//! The API's sockets: a unix socket only its owner may open, and a TCP one when asked for: on the loopback, unless it is asked for
-//! elsewhere in so many words, and with a token ([`Reach`]).
+//! The API's sockets: a unix socket only its owner may open, and a TCP one when asked for: on the loopback, unless it
+//! is asked for elsewhere in so many words, and with a token ([`Reach`]).
 //!
-//! The unix socket's file has mode 0600 from the instant it exists, and replaces none but one that a process left behind which has
-//! ended (`vmm::unix_socket`): the error says what is there, and what to do.
+//! The unix socket's file has mode 0600 from the instant it exists, and replaces none but one that a process left
+//! behind which has ended (`vmm::unix_socket`): the error says what is there, and what to do.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -28,7 +28,10 @@ pub enum SocketError {
     #[error("--api-sock {0}: another process is listening there: end it, or choose another path")]
     InUse(PathBuf),
     /// A socket nobody listens on, and not ours to replace.
-    #[error("--api-sock {0}: left behind by a process that has ended: remove it (rm {0}) and try again")]
+    #[error(
+        "--api-sock {0}: a socket nobody listens on, which is not replaced: it is another user's, or its directory \
+         cannot be locked: see that no other process is about to use it, and remove it (rm {0}), or choose another path"
+    )]
     Stale(PathBuf),
     /// Something else has that name.
     #[error("--api-sock {0}: this file exists and is not a socket: choose another path")]

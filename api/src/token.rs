@@ -1,10 +1,11 @@
-//! The token that a client of the API over TCP has to bring, where there is one: `Authorization: Bearer TOKEN` (RFC 6750, 2.1).
+//! The token that a client of the API over TCP has to bring, where there is one: `Authorization: Bearer TOKEN` (RFC
+//! 6750, 2.1).
 //!
-//! Its file is its secret's only place: it must be a regular file of this user's that nobody else may read, and is opened through no
-//! symbolic link, so that no other user chooses what is compared. It is read once, at the start.
+//! Its file is its secret's only place: it must be a regular file of this user's that nobody else may read, and is
+//! opened through no symbolic link, so that no other user chooses what is compared. It is read once, at the start.
 //!
-//! What a client brings is compared by the tags that an HMAC under a random key gives both: in constant time, and even what the tags have in
-//! common says nothing of what the tokens have. Neither the token nor its tag is ever logged.
+//! What a client brings is compared by the tags that an HMAC under a random key gives both: in constant time, and even
+//! what the tags have in common says nothing of what the tokens have. Neither the token nor its tag is ever logged.
 
 use std::fs::File;
 use std::io::{self, Read};

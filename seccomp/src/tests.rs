@@ -108,7 +108,7 @@ fn forbidden_to(role: Role) -> Vec<Call> {
             &[
                 ("a file to be read", "openat", [HERE, 0, 0, 0, 0, 0]),
                 ("a thread", "clone", [0x003d_0f00, 0, 0, 0, 0, 0]),
-                ("a file's end", "unlink", [0; 6]),
+                ("a file's end", "unlinkat", [HERE, 0, 0, 0, 0, 0]),
                 ("a connection", "accept4", [u64::MAX, 0, 0, 0, 0, 0]),
                 ("its own CPUs", "sched_setaffinity", [0; 6]),
             ],

@@ -1,25 +1,30 @@
 //! Unix sockets that this process listens on, and their files.
 //!
-//! An existing file is never replaced, but for the socket of a process that has ended, which a kill -9 leaves behind: of the same
-//! user, with nobody listening. A [`Refusal`] says what else it is. One that has been bound and does not listen yet refuses
-//! connections as one left behind does: only one that goes on refusing them is called that. Two that start at once would each take
-//! the path from the other: who replaces a file holds the directory's lock (flock(2)) from its last look at it until its own listens,
-//! and removes only the very file that it has looked at all the time. Where that lock cannot be had nothing is replaced.
+//! An existing file is never replaced, but for the socket of a process that has ended, which a kill -9 leaves behind:
+//! of the same user, with nobody listening. A [`Refusal`] says what else it is. One that has been bound and does not
+//! listen yet refuses connections as one left behind does: only one that goes on refusing them is called that. Two that
+//! start at once would each take the path from the other: who replaces a file holds the directory's lock (flock(2))
+//! from its last look at it until its own listens, and removes only the very file that it has looked at all the time.
+//! Where that lock cannot be had nothing is replaced.
 //!
-//! A [`Listening`] removes the file before it closes the socket: there is no instant at which its file is one left behind.
+//! What is removed is looked at, and removed, in a directory that is kept open (a [`Place`]), so that both are of one
+//! file even where the path has come to lead elsewhere.
 //!
-//! A file goes with its [`SocketFile`], and with the process where that ends by [`remove_all`]: on a way out that waits for nobody,
-//! whoever owns the file may not get to drop it.
+//! A [`Listening`] removes the file before it closes the socket: there is no instant at which its file is one left
+//! behind.
+//!
+//! A file goes with its [`SocketFile`], and with the process where that ends by [`remove_all`]: on a way out that waits
+//! for nobody, whoever owns the file may not get to drop it.
 
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat, flock};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::geteuid;
@@ -30,12 +35,13 @@ pub const MAX_PATH: usize = 107;
 /// Connections that may wait to be accepted: as many as std's listeners let.
 const BACKLOG: i32 = 128;
 
-/// How often a socket that nobody listens on is looked at before it is one left behind, and how long between two looks. From
-/// bind(2) to listen(2) are some microseconds, unless its process is not run.
+/// How often a socket that nobody listens on is looked at before it is one left behind, and how long between two looks.
+/// From bind(2) to listen(2) are some microseconds, unless its process is not run.
 const LOOKS: usize = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 
-/// The files of all sockets of this process; none once it is about to end, and then there are to be no more. Held while one is made.
+/// The files of all sockets of this process; none once it is about to end, and then there are to be no more. Held while
+/// one is made.
 static FILES: Mutex<Option<Vec<Weak<SocketFile>>>> = Mutex::new(Some(Vec::new()));
 
 /// Why there is no socket at a path. Whoever wanted it there says so in the words of his user.
@@ -64,11 +70,80 @@ impl From<Errno> for Refusal {
     }
 }
 
+/// A name in a directory that is kept open: of that directory, whatever its path comes to mean.
+#[derive(Debug)]
+struct Place {
+    directory: OwnedFd,
+    name: OsString,
+}
+
+impl Place {
+    /// The one that `path` leads to now.
+    fn of(path: &Path) -> rustix::io::Result<Self> {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        // A directory need not be readable for a file to be made in it.
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self {
+            directory: rustix::fs::open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())?,
+            name: path.file_name().unwrap_or_default().to_owned(),
+        })
+    }
+
+    /// What is there: the link, where it is one.
+    fn look(&self) -> rustix::io::Result<Stat> {
+        rustix::fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW)
+    }
+
+    fn remove(&self) -> rustix::io::Result<()> {
+        rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty())
+    }
+
+    /// The lock of the directory, for as long as the descriptor lives; none where it cannot be had. Others of ours hold
+    /// it for an instant; who keeps it for good (it keeps systemd-tmpfiles from cleaning up) must not keep us.
+    fn lock(&self) -> Option<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::openat(&self.directory, ".", flags, Mode::empty()).ok()?;
+        for _ in 0..LOOKS {
+            match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Some(directory),
+                Err(Errno::WOULDBLOCK | Errno::INTR) => std::thread::sleep(BETWEEN_LOOKS),
+                Err(_) => return None,
+            }
+        }
+        None
+    }
+}
+
+/// Which file it is of all that there have been: another may get the inode number of one that is gone, but it is made
+/// later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    /// Seconds and nanoseconds.
+    changed: (i64, i64),
+}
+
+impl Identity {
+    fn of(stat: &Stat) -> Self {
+        Self {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            changed: (stat.st_ctime, stat.st_ctime_nsec.cast_signed()),
+        }
+    }
+}
+
+fn is_socket(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::Socket
+}
+
 /// A socket's file. Dropping it removes it.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode.
+    place: Arc<Place>,
+    /// Device and inode: its own for as long as its socket is open, and its user may change its mode.
     identity: (u64, u64),
 }
 
@@ -81,10 +156,10 @@ impl SocketFile {
 
     /// Removes it, unless somebody has put another in its place.
     fn remove(&self) {
-        let ours = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino()) == self.identity;
-        if self.path.symlink_metadata().is_ok_and(ours) {
+        let ours = |stat: Stat| (stat.st_dev, stat.st_ino) == self.identity;
+        if self.place.look().is_ok_and(ours) {
             // Nothing is left to be done about a failure: its owner is on the way out.
-            let _ = std::fs::remove_file(&self.path);
+            let _ = self.place.remove();
         }
     }
 }
@@ -127,14 +202,16 @@ impl<L> Listening<L> {
     }
 }
 
-/// Removes the files of all sockets of this process, which is about to end: another thread that would make one is refused.
+/// Removes the files of all sockets of this process, which is about to end: another thread that would make one is
+/// refused.
 pub fn remove_all() {
     let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
     let removed = files.take().into_iter().flatten();
     removed.filter_map(|file| file.upgrade()).for_each(|file| file.remove());
 }
 
-/// Listens at `path`, without blocking. The file has `mode`, less the umask, from the instant it exists; [`None`] is the system's 0777.
+/// Listens at `path`, without blocking. The file has `mode`, less the umask, from the instant it exists; [`None`] is
+/// the system's 0777.
 ///
 /// # Errors
 /// See [`Refusal`].
@@ -149,6 +226,7 @@ fn bind_after(path: &Path, mode: Option<Mode>, mut wait: impl FnMut()) -> Result
         return Err(Refusal::TooLong { length });
     }
     let address = SocketAddrUnix::new(path)?;
+    let place = Arc::new(Place::of(path).map_err(|error| refusal(path, error))?);
     let fd = socket()?;
     if let Some(mode) = mode {
         // bind(2) gives the file the socket's own mode, less the umask (Linux net/unix/af_unix.c, unix_bind_bsd): set
@@ -161,28 +239,28 @@ fn bind_after(path: &Path, mode: Option<Mode>, mut wait: impl FnMut()) -> Result
     let mut tries = 0..4 * LOOKS;
     // It follows no symbolic link in the last part.
     let file = loop {
-        let refused = match own(path, || rustix::net::bind(&fd, &address))? {
+        let refused = match own(path, &place, || rustix::net::bind(&fd, &address))? {
             Ok(file) => break file,
             Err(error) => refusal(path, error),
         };
         if !matches!(refused, Refusal::Stale) || tries.next().is_none() {
             return Err(refused);
         }
-        let Ok(metadata) = path.symlink_metadata() else {
+        // By its path, as it was bound and connected to.
+        let Ok(now) = rustix::fs::lstat(path).map(|stat| Identity::of(&stat)) else {
             // It has gone.
             continue;
         };
-        let now = Some((metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec()));
-        if left != now {
-            (left, looks) = (now, 0);
+        if left != Some(now) {
+            (left, looks) = (Some(now), 0);
         }
         looks += 1;
         if looks < LOOKS {
             wait();
         } else if locked.is_some() {
-            remove_stale(path)?;
+            remove_stale(path, &place, now)?;
         } else {
-            locked = lock_directory(path);
+            locked = place.lock();
             if locked.is_none() {
                 return Err(Refusal::Stale);
             }
@@ -197,6 +275,7 @@ fn bind_after(path: &Path, mode: Option<Mode>, mut wait: impl FnMut()) -> Result
 /// Makes a socket's file at `path` by `bind`, and has it removed with the process from then on.
 fn own(
     path: &Path,
+    place: &Arc<Place>,
     bind: impl FnOnce() -> rustix::io::Result<()>,
 ) -> Result<rustix::io::Result<Arc<SocketFile>>, Refusal> {
     let mut files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -205,50 +284,42 @@ fn own(
     if let Err(error) = bind() {
         return Ok(Err(error));
     }
-    let metadata = path.symlink_metadata().map_err(|error| {
+    let stat = place.look().inspect_err(|_| {
         // Nobody else will. There is nothing to be done about another failure.
-        let _ = std::fs::remove_file(path);
-        Refusal::Other(error)
+        let _ = place.remove();
     })?;
+    if !is_socket(&stat) {
+        return Err(Refusal::Other(io::Error::other("another file took its place at once")));
+    }
     let file = Arc::new(SocketFile {
         path: path.to_owned(),
-        identity: (metadata.dev(), metadata.ino()),
+        place: Arc::clone(place),
+        identity: (stat.st_dev, stat.st_ino),
     });
     files.retain(|file| file.strong_count() > 0);
     files.push(Arc::downgrade(&file));
     Ok(Ok(file))
 }
 
-/// The lock of the directory that `path` is in, for as long as the descriptor lives; none where it cannot be had. Others of ours hold
-/// it for an instant; who keeps it for good (it keeps systemd-tmpfiles from cleaning up) must not keep us.
-fn lock_directory(path: &Path) -> Option<OwnedFd> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(parent.unwrap_or(Path::new(".")), flags, Mode::empty()).ok()?;
-    for _ in 0..LOOKS {
-        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Some(directory),
-            Err(Errno::WOULDBLOCK | Errno::INTR) => std::thread::sleep(BETWEEN_LOOKS),
-            Err(_) => return None,
-        }
-    }
-    None
-}
-
-/// Removes the socket at `path`, which nobody listens on, if it is one of this user's.
-fn remove_stale(path: &Path) -> Result<(), Refusal> {
-    let metadata = path.symlink_metadata().map_err(Refusal::Other)?;
-    if !metadata.file_type().is_socket() || metadata.uid() != geteuid().as_raw() {
+/// Removes the socket at `place`, which nobody listens on, if it is one of this user's, and `left`, the one that has
+/// been looked at: another is left alone, to be looked at in its turn.
+fn remove_stale(path: &Path, place: &Place, left: Identity) -> Result<(), Refusal> {
+    let stat = match place.look() {
+        Ok(stat) if Identity::of(&stat) == left => stat,
+        Ok(_) | Err(Errno::NOENT) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    if !is_socket(&stat) || stat.st_uid != geteuid().as_raw() {
         return Err(Refusal::Stale);
     }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Refusal::Other(error)),
-        _ => {}
+    match place.remove() {
+        Ok(()) => tracing::info!(
+            "{}: left behind by a process that has ended, and replaced",
+            path.display()
+        ),
+        Err(Errno::NOENT) => {}
+        Err(error) => return Err(error.into()),
     }
-    tracing::info!(
-        "{}: left behind by a process that has ended, and replaced",
-        path.display()
-    );
     Ok(())
 }
 
@@ -270,8 +341,8 @@ fn socket() -> rustix::io::Result<OwnedFd> {
 /// Says why `bind` failed.
 fn refusal(path: &Path, error: Errno) -> Refusal {
     match error {
-        Errno::ADDRINUSE => match path.symlink_metadata() {
-            Ok(metadata) if !metadata.file_type().is_socket() => Refusal::NotASocket,
+        Errno::ADDRINUSE => match rustix::fs::lstat(path) {
+            Ok(stat) if !is_socket(&stat) => Refusal::NotASocket,
             // Only to see whether somebody listens.
             _ => match connect(path) {
                 // Where it has gone in between, it is bound at the next try.
@@ -365,12 +436,58 @@ mod tests {
     fn one_left_behind_is_not_replaced_where_others_may_be_at_it() {
         let path = lonely();
         leave_behind(&path);
-        let held = lock_directory(&path).unwrap();
+        let held = Place::of(&path).unwrap().lock().unwrap();
         assert!(matches!(bind_after(&path, None, || ()), Err(Refusal::Stale)));
         assert!(path.exists());
         drop(held);
         drop(bind(&path, None).unwrap());
         std::fs::remove_dir(path.parent().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn what_has_taken_the_place_of_one_left_behind_is_left_alone() {
+        let path = lonely();
+        let looked_at = || Identity::of(&rustix::fs::lstat(&path).unwrap());
+        leave_behind(&path);
+        let (place, left) = (Place::of(&path).unwrap(), looked_at());
+        // Made before the other goes, so that it cannot get its inode number.
+        let other = path.with_extension("other");
+        leave_behind(&other);
+        std::fs::rename(&other, &path).unwrap();
+        remove_stale(&path, &place, left).unwrap();
+        assert!(
+            path.exists(),
+            "a socket nobody listens on either, and not the one looked at"
+        );
+
+        // The path leads to another directory: what has the name in the locked one is not what was looked at.
+        let (directory, moved) = (path.parent().unwrap(), path.with_file_name("").with_extension("moved"));
+        std::fs::rename(directory, &moved).unwrap();
+        std::fs::create_dir(directory).unwrap();
+        leave_behind(&path);
+        remove_stale(&path, &place, looked_at()).unwrap();
+        assert!(path.exists() && moved.join("s").exists());
+
+        let place = Place::of(&path).unwrap();
+        remove_stale(&path, &place, looked_at()).unwrap();
+        assert!(!path.exists(), "the very one");
+        std::fs::remove_dir(directory).unwrap();
+        std::fs::remove_dir_all(moved).unwrap();
+    }
+
+    #[test]
+    fn its_file_goes_from_the_directory_it_was_made_in_and_from_no_other() {
+        let path = lonely();
+        let listening = bind(&path, None).unwrap();
+        let (directory, moved) = (path.parent().unwrap(), path.with_file_name("").with_extension("moved"));
+        std::fs::rename(directory, &moved).unwrap();
+        std::fs::create_dir(directory).unwrap();
+        std::fs::hard_link(moved.join("s"), &path).unwrap();
+        drop(listening);
+        assert!(path.exists(), "of the same inode, where it was not made");
+        assert!(!moved.join("s").exists());
+        std::fs::remove_dir_all(directory).unwrap();
+        std::fs::remove_dir(moved).unwrap();
     }
 
     #[test]

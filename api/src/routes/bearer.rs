@@ -1,7 +1,8 @@
-//! Who asks over TCP, where a token is asked for: whoever does not bring it is answered 401, before anything else of the request is looked at.
+//! Who asks over TCP, where a token is asked for: whoever does not bring it is answered 401, before anything else of
+//! the request is looked at.
 //!
-//! A browser brings none: it has no way to be told one for a page that it opens. The page at `/ui` is had by a port that ssh(1) forwards
-//! to the unix socket, or over loopback without a token.
+//! A browser brings none: it has no way to be told one for a page that it opens. The page at `/ui` is had by a port
+//! that ssh(1) forwards to the unix socket, or over loopback without a token.
 
 use std::sync::Arc;
 

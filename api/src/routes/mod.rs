@@ -1,11 +1,11 @@
 //! The REST surface: Firecracker's paths with its status codes and bodies, and ours beside them.
 //!
-//! Promises: 200 with JSON, 204 on a change of state, 400 with `{"fault_message": "..."}` on every refusal (413 where the metadata
-//! would be too large, 401 where a token is needed, 503 where as many wait as may), unknown paths and methods included. A slash after
-//! a path is as none. JSON is accepted under any content type; unknown fields are refused. A body is read to its end within
-//! [`Limits`] before any handler sees the request, so a slow or endless one costs its own connection only. No more than [`QUEUE`]
-//! requests wait for the VMM's thread at a time. A change that was taken in is made with all that follows from it, whether or not
-//! its client waits for the answer.
+//! Promises: 200 with JSON, 204 on a change of state, 400 with `{"fault_message": "..."}` on every refusal (413 where
+//! the metadata would be too large, 401 where a token is needed, 503 where as many wait as may), unknown paths and
+//! methods included. A slash after a path is as none. JSON is accepted under any content type; unknown fields are
+//! refused. A body is read to its end within [`Limits`] before any handler sees the request, so a slow or endless one
+//! costs its own connection only. No more than [`QUEUE`] requests wait for the VMM's thread at a time. A change that
+//! was taken in is made with all that follows from it, whether or not its client waits for the answer.
 
 mod actions;
 mod balloon;
@@ -56,12 +56,13 @@ pub(crate) use bearer::OverTcp;
 use fault::Fault;
 use id::Id;
 
-/// The version of Firecracker whose API this one follows: what `GET /version` answers, as clients choose features by it.
+/// The version of Firecracker whose API this one follows: what `GET /version` answers, as clients choose features by
+/// it.
 pub const FIRECRACKER_API: &str = "1.14.0";
 
-/// Requests that may wait for the VMM's thread at once, whether or not their clients still do: a client that asks and hangs up, again
-/// and again, would make a line without end of what a busy thread has yet to do. Half of the places that connections have: readings,
-/// which do not wait for that thread, have the others.
+/// Requests that may wait for the VMM's thread at once, whether or not their clients still do: a client that asks and
+/// hangs up, again and again, would make a line without end of what a busy thread has yet to do. Half of the places
+/// that connections have: readings, which do not wait for that thread, have the others.
 const QUEUE: usize = 32;
 
 /// The path whose answer has no end.
@@ -187,8 +188,8 @@ async fn admit(State((shared, limits)): State<(Shared, Limits)>, mut request: Re
     if !changes {
         return handled.await;
     }
-    // A connection whose client hangs up is dropped, with all that it waits for. What follows from a change that the VMM makes
-    // has to follow all the same, so it is a task's.
+    // A connection whose client hangs up is dropped, with all that it waits for. What follows from a change that the
+    // VMM makes has to follow all the same, so it is a task's.
     match tokio::spawn(handled).await {
         Ok(response) => response,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
@@ -208,9 +209,13 @@ async fn handle(shared: Shared, method: Method, path: String, request: Result<Re
     }
     match fault {
         Some(fault) => {
-            let (status, why) = (response.status().as_u16(), fault.message());
-            match shared.refusals.log() {
+            let (code, why) = (response.status(), fault.message());
+            let status = code.as_u16();
+            match shared.refusals.log(code) {
                 Some(0) => tracing::info!("{line}: {status}: {why}"),
+                Some(more) if code == StatusCode::UNAUTHORIZED => {
+                    tracing::info!("{line}: {status}: {why} ({more} of status {status} before it were not logged)");
+                }
                 Some(more) => tracing::info!("{line}: {status}: {why} ({more} refusals before it were not logged)"),
                 None => {}
             }

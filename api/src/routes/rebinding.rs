@@ -1,9 +1,11 @@
-//! DNS rebinding: a page of another site, whose name is then made to mean this host's loopback address, may send requests here and
-//! read the answers, for its browser takes both for one site. What it cannot change is the name in its requests' `Host`.
+//! DNS rebinding: a page of another site, whose name is then made to mean this host's loopback address, may send
+//! requests here and read the answers, for its browser takes both for one site. What it cannot change is the name in
+//! its requests' `Host`.
 //!
-//! So whoever asks over TCP has to ask by an address, or as `localhost`, unless it brings a token (`bearer`), which no such page has. Over the unix socket clients send as `Host` whatever they
-//! like; but a browser may ask there too, by a port that ssh(1) forwards to it. Browsers tell themselves by headers that a page
-//! cannot leave out (Fetch Metadata, and the Origin of Fetch, 3.2), which clients have no reason to send.
+//! So whoever asks over TCP has to ask by an address, or as `localhost`, unless it brings a token (`bearer`), which no
+//! such page has. Over the unix socket clients send as `Host` whatever they like; but a browser may ask there too, by a
+//! port that ssh(1) forwards to it. Browsers tell themselves by headers that a page cannot leave out (Fetch Metadata,
+//! and the Origin of Fetch, 3.2), which clients have no reason to send.
 
 use std::net::IpAddr;
 

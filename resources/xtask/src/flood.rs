@@ -1,6 +1,8 @@
-//! `cargo xtask flood`: ten thousand connections that abuse a microVM's API for half a minute, and what those have of it who behave.
+//! `cargo xtask flood`: ten thousand connections that abuse a microVM's API for half a minute, and what those have of
+//! it who behave.
 //!
-//! tests/src/bin/flood.rs measures; the table goes to docs/flood.md. What is over its limit is marked, and ends the command with an error once all is written.
+//! tests/src/bin/flood.rs measures; the table goes to docs/flood.md. What is over its limit is marked, and ends the
+//! command with an error once all is written.
 
 use std::fmt::Write;
 use std::fs;

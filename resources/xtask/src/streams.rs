@@ -1,8 +1,8 @@
 //! `cargo xtask streams`: what crowds that read a microVM cost those who do not belong to them, a minute for each row.
 //!
-//! tests/src/bin/streams.rs measures; the tables go to docs/streams.md. What a row shall show is said below its table; what it does
-//! not show is marked in it, and ends the command with an error once all is written: limits are what a quiet machine is held to, and
-//! who runs this wants to know.
+//! tests/src/bin/streams.rs measures; the tables go to docs/streams.md. What a row shall show is said below its table;
+//! what it does not show is marked in it, and ends the command with an error once all is written: limits are what a
+//! quiet machine is held to, and who runs this wants to know.
 
 use std::fmt::Write;
 use std::fs;
@@ -26,11 +26,12 @@ const P99_US: f64 = 5_000.0;
 /// (resources/prometheus/alerts.yml) takes for a disturbance.
 const WAITING_SHARE: f64 = 0.005;
 
-/// How much memory may come to be resident in a minute, of what an allocator does by itself: a page for each ten clients.
+/// How much memory may come to be resident in a minute, of what an allocator does by itself: a page for each ten
+/// clients.
 const GROWTH_KIB: u64 = 400;
 
-/// The exporter's second half-minute against its first, in KiB, by their medians: a tenth of what it would be if one answer, of 11 KiB,
-/// were kept at each of 60 scrapes.
+/// The exporter's second half-minute against its first, in KiB, by their medians: a tenth of what it would be if one
+/// answer, of 11 KiB, were kept at each of 60 scrapes.
 const EXPORTER_GROWTH_KIB: u64 = 32;
 
 /// As tests/src/bin/streams.rs prints it.

@@ -1,9 +1,9 @@
 //! Which system calls are made to fail, and with what: errors that Linux has for them, by their manual pages.
 //!
-//! Left out are calls that cannot fail where their arguments are right (`rt_sigaction`, `futex`, `close`, `munmap`, `prlimit64` that asks or
-//! raises a soft limit), reads and writes of
-//! what is no file (an eventfd, a timer: they fail where a counter is full or empty only, and that is no fault), `unlink`, whose
-//! failure is the very thing that a leftover is, and `brk`, which reports no errors: an allocator that gets no more by it asks `mmap`.
+//! Left out are calls that cannot fail where their arguments are right (`rt_sigaction`, `futex`, `close`, `munmap`, `prlimit64` that
+//! asks or raises a soft limit), reads and writes of what is no file (an eventfd, a timer: they fail where a counter is full or empty
+//! only, and that is no fault), `unlinkat`, whose failure is the very thing that a leftover is, and `brk`, which reports no errors: an
+//! allocator that gets no more by it asks `mmap`.
 //! `KVM_RUN` is a call of its own.
 
 use libc::{EACCES, EAGAIN, EBUSY, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOLCK, ENOMEM, ENOSPC, EPERM, c_int, c_long};

@@ -285,9 +285,9 @@ fn judge(
     if stderr.contains("panicked") || stderr.contains("a defect of chronovisor") {
         return Err("it panicked".into());
     }
-    // A look that fails at whose the file is, when it is to be removed, is as a removal that fails: it stays, for the next start.
-    let unseen =
-        |name: &String| started && hit.is_some_and(|hit| hit.contains(": statx ") && hit.ends_with(&stage.path(name)));
+    // A look that fails at whose the file is, when it is to be removed, is as a removal that fails: it stays, for the next
+    // start.
+    let unseen = |name: &String| started && hit.is_some_and(|hit| hit.ends_with(&format!(": newfstatat {name}")));
     let left: Vec<_> = stage
         .folder
         .names()

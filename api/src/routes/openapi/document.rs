@@ -1,21 +1,25 @@
 //! Writes the document from `list.rs` and the types.
 //!
-//! A type that is both read and written looks different from either side: what may be left out of a request is always in an
-//! answer. Where it does, its two shapes are two components, the second `...Answer`. Examples are the rows of kind `good` of
-//! `table.txt`, so that none is wrong.
+//! A type that is both read and written looks different from either side: what may be left out of a request is always
+//! in an answer. Where it does, its two shapes are two components, the second `...Answer`. Examples are the rows of
+//! kind `good` of `table.txt`, so that none is wrong.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use schemars::generate::{Contract, SchemaSettings};
 use schemars::transform::RecursiveTransform;
 use schemars::{Schema, SchemaGenerator};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+use vmm::RunState::Running;
 
-use super::super::FIRECRACKER_API;
 use super::super::fault;
 use super::super::list::{Described, described};
 use super::super::table::{Row, fits, lines, row};
+use super::super::tests::request_of;
+use super::super::{FIRECRACKER_API, Limits, STREAM, Shared, router};
+use crate::backend::fake::Fake;
 
 const COMMITTED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/openapi.json");
 /// Set by `cargo xtask openapi`: the document is to be written, not compared.
@@ -24,6 +28,19 @@ const WRITE: &str = "CHRONOVISOR_WRITE_OPENAPI";
 const COMPONENTS: &str = "#/components/schemas/";
 /// More would hide the rest.
 const EXAMPLES_MAX: usize = 3;
+
+/// Routes that are answered without the VMM's thread: all others may find that as many wait for it as may. Of the
+/// stream there is a most too.
+const ANSWERED_AT_ONCE: [(&str, &str); 8] = [
+    ("GET", "/version"),
+    ("GET", "/metrics"),
+    ("GET", "/vcpus"),
+    ("GET", "/vcpus/{index}/cputime"),
+    ("GET", "/vcpus/{index}/histograms"),
+    ("GET", "/vcpus/{index}/affinity"),
+    ("GET", "/ui"),
+    ("GET", "/openapi.json"),
+];
 
 type Object = Map<String, Value>;
 
@@ -117,6 +134,15 @@ fn document() -> Value {
             "responses": {
                 "Fault": {
                     "description": "It cannot be done, or not now. Nothing has changed.",
+                    "content": { "application/json": { "schema": fault.clone() } },
+                },
+                "Unauthorized": {
+                    "description": "Over TCP, where a token is asked for: the request does not bring it.",
+                    "headers": { "WWW-Authenticate": { "schema": { "type": "string", "const": "Bearer" } } },
+                    "content": { "application/json": { "schema": fault.clone() } },
+                },
+                "Busy": {
+                    "description": "As many wait for the microVM, or listen, as may. Nothing has changed: try later.",
                     "content": { "application/json": { "schema": fault } },
                 },
             },
@@ -190,6 +216,10 @@ fn responses(route: &Described, good: &[Row<'_>], written: &mut SchemaGenerator)
     responses.insert(status.to_string(), response);
     for status in route.refusals {
         responses.insert(status.to_string(), json!({ "$ref": "#/components/responses/Fault" }));
+    }
+    responses.insert("401".into(), json!({ "$ref": "#/components/responses/Unauthorized" }));
+    if !ANSWERED_AT_ONCE.contains(&(route.method, route.path)) {
+        responses.insert("503".into(), json!({ "$ref": "#/components/responses/Busy" }));
     }
     responses.into()
 }
@@ -405,6 +435,27 @@ fn every_component_is_referred_to_and_every_reference_leads_to_one() {
         numbered.is_empty(),
         "of one name with others, to be renamed by #[schemars(rename)]: {numbered:?}"
     );
+}
+
+#[tokio::test]
+async fn that_too_many_wait_is_said_of_those_that_wait() {
+    let document = document();
+    let shared = Shared::new(Arc::new(Fake::new(Running)), || {});
+    // As many wait as may.
+    shared.queue.close();
+    let router = router(shared, Limits::default());
+    // The stream's is another limit, and a test's of its own.
+    for route in described().iter().filter(|route| route.path != STREAM) {
+        let good = lines()
+            .filter(|line| !line.starts_with("== "))
+            .map(row)
+            .find(|row| row.kind == "good" && row.method == route.method && fits(route.path, path_of(row)));
+        let good = good.expect("there is one of each route");
+        let (status, _) = request_of(&router, good.method, good.path, &good.body).await;
+        let responses = &document["paths"][route.path][route.method.to_lowercase()]["responses"];
+        let (busy, said) = (status == 503, responses.get("503").is_some());
+        assert_eq!(busy, said, "{} {}: {status}", route.method, route.path);
+    }
 }
 
 #[test]

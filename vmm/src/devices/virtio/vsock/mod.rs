@@ -64,8 +64,11 @@ pub enum VsockError {
     /// Another process answers there.
     #[error("vsock: uds_path {0}: another process is listening there: end it, or choose another path")]
     InUse(PathBuf),
-    /// A socket nobody listens on.
-    #[error("vsock: uds_path {0}: left behind by a process that has ended: remove it (rm {0}) and try again")]
+    /// A socket nobody listens on, and not ours to replace: another user's, or its directory cannot be locked.
+    #[error(
+        "vsock: uds_path {0}: a socket nobody listens on, which is not replaced: it is another user's, or its \
+         directory cannot be locked: see that no other process is about to use it, and remove it (rm {0}), or choose another path"
+    )]
     Stale(PathBuf),
     /// Something else has that name.
     #[error("vsock: uds_path {0}: this file exists and is not a socket: choose another path")]
