@@ -96,16 +96,22 @@ fn a_client_that_never_reads_costs_its_connection_and_no_more_as_time_passes() {
     // Some 100 KB: many times what a stream's socket holds. From now on each has readings waiting.
     told(100);
     let unread = || deaf.iter().map(Listener::waiting_bytes).sum::<u64>();
-    let (kib, bytes) = (resident_kib(vm.process.id()), unread());
-    told(500);
-    // A reading kept for each would be a megabyte for each time that they were told.
-    let grown = resident_kib(vm.process.id()).saturating_sub(kib);
-    println!(
-        "{kib} KiB, {grown} KiB more after 500 readings; {} bytes wait for each",
-        bytes / 1000
-    );
-    assert!(grown < 1024, "{grown} KiB more for those that do not read");
-    assert_eq!(unread(), bytes, "the system keeps more for them");
+    // A reading kept for each would be a megabyte for each time that they were told, in every one of these looks. That something is
+    // brought into being once, for the last of them where the API is slow, is over after a look or two.
+    let mut looks = Vec::new();
+    let bytes = loop {
+        let (kib, bytes) = (resident_kib(vm.process.id()), unread());
+        told(300);
+        let grown = resident_kib(vm.process.id()).saturating_sub(kib);
+        looks.push(format!(
+            "{kib} KiB, {grown} KiB more after 300 readings; {bytes} bytes wait"
+        ));
+        if grown < 1024 && unread() == bytes {
+            break bytes;
+        }
+        assert!(looks.len() < 4, "there is more for those that do not read: {looks:#?}");
+    };
+    println!("{looks:#?}");
     // One message of one vCPU is less than 2 KiB, and there is room for two or three.
     assert!(bytes < 1000 * 16 * 1024, "{bytes} bytes wait in the sockets");
 }
