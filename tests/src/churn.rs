@@ -18,7 +18,7 @@ pub const MICROVMS: usize = 24;
 
 /// Rounds until a process has brought into being what it keeps: pages of the program that were never run before, each thread's share
 /// of the allocator. 3,000 more add nothing to that.
-const WARM: usize = 10;
+const WARM: usize = 50;
 
 /// How long after its client a server may keep a connection.
 const CLOSED: Duration = Duration::from_secs(1);
