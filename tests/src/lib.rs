@@ -29,6 +29,7 @@ pub mod prometheus;
 pub mod python;
 pub mod row;
 pub mod screen;
+pub mod seed;
 pub mod terminal;
 pub mod thread_io;
 pub mod trace;

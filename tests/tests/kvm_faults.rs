@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -17,6 +17,7 @@ use tests::faults::notify::{self, Fault};
 use tests::faults::start::{Outcome, Way, points, start};
 use tests::flat::{Program, RECORD, elf, record};
 use tests::full::Disk;
+use tests::seed::seed;
 use tests::vm::{PATIENCE, Process, Vm, piped};
 use tests::{client, network, require_bed};
 
@@ -29,15 +30,7 @@ fn a_start_that_meets_a_fault_is_refused_clearly_and_leaves_nothing_or_goes_on_a
     let tap = network::own()
         .inspect_err(|why| println!("without a tap: {why}"))
         .is_ok();
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .expect("after 1970")
-        .as_secs();
-    let seed = std::env::var("CHRONOVISOR_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok())
-        .unwrap_or(now);
-    println!("CHRONOVISOR_SEED={seed}");
+    let seed = seed();
     let mut broken = Vec::new();
     for way in Way::ALL {
         let (outcome, seen) = start(way, tap, None);

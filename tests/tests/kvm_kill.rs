@@ -1,8 +1,7 @@
 //! `kill -9` at random moments: see `tests::kill`. `cargo xtask kill` does so 200 times, and writes docs/kill.md.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use tests::kill::{Dice, kill};
+use tests::seed::seed;
 use tests::{network, require_bed};
 
 #[test]
@@ -11,15 +10,7 @@ fn after_a_kill_at_any_moment_the_next_start_works_and_no_flushed_write_is_lost(
     let tap = network::own()
         .inspect_err(|why| println!("without a tap: {why}"))
         .is_ok();
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .expect("after 1970")
-        .as_secs();
-    let seed = std::env::var("CHRONOVISOR_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok())
-        .unwrap_or(now);
-    println!("CHRONOVISOR_SEED={seed}");
+    let seed = seed();
     let tally = kill(20, Dice::new(seed), tap);
     println!("{tally:?}");
     assert!(tally.flushed > 0);

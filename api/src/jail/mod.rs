@@ -148,7 +148,7 @@ impl Prepared {
         let pieces = root::leave_host(plan, undo)?;
         let root = root::pivot(&plan.root())?;
         root::furnish(&root, pieces, plan, undo)?;
-        let library_path = self.program.library_path.clone();
+        let search_path = self.program.search_path.clone();
         let install = self.program.install(&root, undo);
         install.map_err(|error| error.below(&plan.root()))?;
         // In the root is where those look for it who know Firecracker's jailer; beside it, where the inmate cannot
@@ -165,7 +165,7 @@ impl Prepared {
         if plan.daemonize {
             process::silence(&self.null)?;
         }
-        Ok(library_path)
+        Ok(search_path)
     }
 }
 

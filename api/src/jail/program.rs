@@ -24,7 +24,7 @@ pub struct Program {
     /// Each file, opened, and where in the jail it goes: the program's own first.
     files: Vec<(File, PathBuf)>,
     /// Where its libraries are in the jail.
-    pub library_path: OsString,
+    pub search_path: OsString,
 }
 
 impl Program {
@@ -52,7 +52,7 @@ impl Program {
         }
         Ok(Self {
             files,
-            library_path: folders
+            search_path: folders
                 .iter()
                 .map(|folder| folder.as_os_str())
                 .collect::<Vec<_>>()

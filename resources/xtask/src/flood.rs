@@ -6,15 +6,13 @@
 
 use std::fmt::Write;
 use std::fs;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::build;
 use crate::layout::Layout;
 use crate::machine::Machine;
-use crate::process::follow;
+use crate::measured;
 
 /// How long each flood lasts.
 const SECONDS: &str = "30";
@@ -55,18 +53,7 @@ struct Look {
 /// # Errors
 /// It could not be measured; or, once it is written, a figure is over its limit.
 pub fn flood(layout: &Layout) -> Result<()> {
-    let program = build::measuring(layout, "flood")?;
-    let (mut rows, mut other) = (Vec::new(), Vec::new());
-    let mut command = Command::new(&program);
-    command.arg(SECONDS).env("CHRONOVISOR_BED", layout.bed());
-    let ended_well = follow(&mut command, |line| match serde_json::from_str::<Row>(line) {
-        Ok(row) => {
-            println!("{}", row.line());
-            rows.push(row);
-        }
-        Err(_) => other.push(line.to_owned()),
-    })?;
-    ensure!(ended_well, "{} failed:\n{}", program.display(), other.join("\n"));
+    let rows = measured::rows(layout, "flood", SECONDS, |row: &Row| Some(row.line()))?;
     let path = layout.root.join("docs/flood.md");
     fs::write(&path, render(&rows, &Machine::look())?).with_context(|| format!("cannot write {}", path.display()))?;
     println!("{}", path.display());

@@ -23,6 +23,7 @@ mod kill;
 mod layout;
 mod libtest;
 mod machine;
+mod measured;
 mod modules;
 mod openapi;
 mod process;

@@ -4,17 +4,13 @@
 
 use std::fmt::Write;
 use std::fs;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 
-use crate::build;
 use crate::layout::Layout;
 use crate::machine::Machine;
-use crate::process::follow;
-use crate::progress::Progress;
+use crate::measured;
 
 /// How much of the time is warming up, in minutes: until each allocator has what it keeps.
 const WARM: u64 = 5;
@@ -83,7 +79,7 @@ pub fn soak(layout: &Layout, minutes: u64) -> Result<()> {
         minutes > WARM,
         "--minutes {minutes}: the first {WARM} are for warming up"
     );
-    let lines: Vec<Line> = lines(layout, "soak", minutes)?;
+    let lines: Vec<Line> = measured::rows(layout, "soak", &minutes.to_string(), |_| None)?;
     let mut table = String::new();
     let mut over = Vec::new();
     let (mut warm, mut last) = (None, None);
@@ -158,7 +154,7 @@ pub fn soak(layout: &Layout, minutes: u64) -> Result<()> {
 /// # Errors
 /// As [`soak`].
 pub fn churn(layout: &Layout, rounds: u64) -> Result<()> {
-    let lines: Vec<Churn> = lines(layout, "churn", rounds)?;
+    let lines: Vec<Churn> = measured::rows(layout, "churn", &rounds.to_string(), |_| None)?;
     let mut over = Vec::new();
     let mut text = head("Coming and going", &format!("cargo xtask churn --rounds {rounds}"))?;
     text += "\
@@ -223,22 +219,6 @@ the last. Readings between all steps are held to the laws: one broken would have
         }
     }
     write(layout, "churn", &text, &over)
-}
-
-/// What `program N` prints, which is shown as it comes.
-fn lines<T: DeserializeOwned>(layout: &Layout, name: &str, n: u64) -> Result<Vec<T>> {
-    let program = build::measuring(layout, name)?;
-    let progress = Progress::new(format!("{name} {n}"));
-    let (mut lines, mut other) = (Vec::new(), Vec::new());
-    let mut command = Command::new(&program);
-    command.arg(n.to_string()).env("CHRONOVISOR_BED", layout.bed());
-    let ended_well = follow(&mut command, |line| match serde_json::from_str(line) {
-        Ok(row) => lines.push(row),
-        Err(_) => other.push(line.to_owned()),
-    })?;
-    drop(progress);
-    ensure!(ended_well, "{} failed:\n{}", program.display(), other.join("\n"));
-    Ok(lines)
 }
 
 fn head(title: &str, command: &str) -> Result<String> {

@@ -10,7 +10,7 @@
 //!  fuzz/dictionaries/TARGET  words that it should know of
 //!  target/fuzz/corpus/TARGET    what was found since
 //!  target/fuzz/crashes/TARGET   what breaks it now
-//!  target/fuzz/work/TARGET      where it runs; its log
+//!  target/fuzz/running/TARGET   where it runs; its log
 //! ```
 
 mod record;
@@ -74,7 +74,7 @@ impl Target {
             dictionary: source.join("dictionaries").join(name),
             found: made.join("corpus").join(name),
             crashes: made.join("crashes").join(name),
-            work: made.join("work").join(name),
+            work: made.join("running").join(name),
             lock: made.join("locks").join(name),
         }
     }
